@@ -1,0 +1,51 @@
+"""Models: pure functions behind one seam. MODELS maps a name to a builder that takes the config."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Model(NamedTuple):
+    """What the loop, the samplers, the evaluators and the exporters know of a model.
+
+    init:    (rng) -> (params, extra). Params carry logical axis names; extra is state that no
+             gradient reaches (running statistics, codebook usage), often {}.
+    loss:    (params, extra, batch, rng, *, step, norms) -> (scalar, (metrics, extra)). The scalar
+             and the metrics are sums over examples divided by norms, so micro-batches add up.
+    norms:   (batch) -> {term: denominator}, taken over the whole global batch.
+    predict: {name: pure function (params, ...)}.
+    batches: {bucket: {key: jax.ShapeDtypeStruct}}, one global batch per shape bucket.
+    weights: map between our names and the published ones, or None.
+    """
+
+    init: Callable[..., Any]
+    loss: Callable[..., Any]
+    norms: Callable[..., Any]
+    predict: Mapping[str, Callable[..., Any]]
+    batches: Mapping[str, Mapping[str, Any]]
+    weights: Any = None
+
+
+def _unifluid(config):
+    from models import unifluid
+
+    return unifluid.build(config)
+
+
+def _kl_vae(config):
+    from models.tokenizers import kl_vae_model
+
+    return kl_vae_model.build(config)
+
+
+def _glyph_classifier(config):
+    from models import glyph_classifier
+
+    return glyph_classifier.build(config)
+
+
+# Builders import lazily: a run pays only for the model it trains.
+MODELS: dict[str, Callable[..., Model]] = {
+    "unifluid": _unifluid,
+    "kl_vae": _kl_vae,
+    "glyph_classifier": _glyph_classifier,
+}
