@@ -62,9 +62,7 @@ def test_scanned_pattern_becomes_one_tensor_per_layer(decoder):
     up = params["layers"]["block_1"]["up"]["kernel"]
     np.testing.assert_array_equal(out["model.layers.3.up.weight"], up[1].T)  # group 1, block 1
     q = params["layers"]["block_0"]["q"]["kernel"]
-    np.testing.assert_array_equal(
-        out["model.layers.4.q.weight"], q[2].reshape(DIM, HEADS * HEAD).T
-    )
+    np.testing.assert_array_equal(out["model.layers.4.q.weight"], q[2].reshape(DIM, HEADS * HEAD).T)
     np.testing.assert_array_equal(
         out["model.layers.6.norm.weight"], params["tail_0"]["norm"]["scale"]
     )
