@@ -1,0 +1,195 @@
+"""What every config shares: all defaults, variant arguments, and loading with overrides.
+
+`base()` holds each default once. `load_config` is what notebooks and tests call; `main.py` uses
+the same path, so a typed override means the same everywhere.
+"""
+
+import ast
+import difflib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+ROOT = Path(__file__).resolve().parents[1]
+# Sections whose keys belong to one system; everywhere else an unknown key is a typo.
+OPEN = ("model", "objective", "data", "sample", "optimizer.groups")
+
+
+def base(**overrides: Any) -> ConfigDict:
+    """Every default of every training config; nested dicts in `overrides` are merged in."""
+    config = ConfigDict(
+        dict(
+            task="train",  # train | tokenizer | fit | curate | runs
+            seed=0,
+            steps=1000,
+            batch_size=8,  # examples per step over all hosts
+            model=dict(name=""),
+            objective=dict(name="model", freeze=("",)[:0]),
+            data=dict(name=""),
+            optimizer=dict(
+                name="adamw",
+                lr=1e-3,  # peak
+                b1=0.9,
+                b2=0.95,
+                eps=1e-8,
+                weight_decay=0.0,
+                wd_mode="decoupled",  # decoupled | fully_decoupled (decay not times the peak lr)
+                clip=1.0,  # global norm; 0 switches it off
+                groups={},  # group -> dict(lr_scale=1.0, weight_decay_scale=1.0)
+            ),
+            schedule=dict(
+                name="constant",  # constant | cosine | wsd | exp_linear | piecewise
+                warmup=0,  # steps of linear warm-up
+                final=0.0,  # last lr over the peak (cosine, wsd)
+                decay=0,  # steps of the closing decay (wsd, exp_linear)
+                shape="linear",  # of wsd's decay: linear | exponential | sqrt
+                rate=0.1,  # exp_linear: the lr falls by this factor ...
+                rate_steps=1000,  # ... every so many steps
+                boundaries=(0,)[:0],  # piecewise: at these steps ...
+                factors=(0.0,)[:0],  # ... the lr becomes peak times these
+            ),
+            ema=dict(decay=0.0, warmup=False, groups=("",)[:0]),  # decay 0: off; groups (): all
+            mesh=dict(data=-1, fsdp=1, tensor=1, seq=1),  # -1: the devices that are left
+            precision="float32",  # of the computation: float32 | bfloat16
+            remat="none",
+            accumulate=1,  # micro-batches per step
+            init_from="",  # DIR, or "vae=FILE_OR_DIR,gemma=DIR"
+            evals=("",)[:0],
+            eval_every=0,  # 0: at the end only
+            sample=dict(prompts=("",)[:0]),
+            sample_every=0,  # 0: at the end only
+            checkpoint=dict(every=1000, keep=2, keep_every=0),
+            log_every=10,
+            tensorboard=False,
+            wandb="",  # project name
+            profile=(0, 0),  # (10, 5): trace 5 steps after step 10
+            runs=((),)[:0],  # task runs: ((name, "configs/x.py:variant", ("key=value", ...)), ...)
+            report="",  # task runs: the evaluator that writes the report
+        )
+    )
+    _merge(config, overrides, "")
+    return config
+
+
+def _merge(config: ConfigDict, overrides: dict, where: str) -> None:
+    """Write overrides into config; new keys only inside the sections named in OPEN."""
+    section = where.rstrip(".")
+    free = any(section == o or section.startswith(o + ".") for o in OPEN)
+    for key, value in overrides.items():
+        if key not in config and not free:
+            raise ValueError(unknown("config key", where + key, [where + k for k in config]))
+        if isinstance(config.get(key), ConfigDict) and isinstance(value, dict | ConfigDict):
+            _merge(config[key], value, f"{where}{key}.")
+        else:
+            config[key] = value
+
+
+def unknown(kind: str, name: str, allowed) -> str:
+    """One line for a name that is not there: what was given, the nearest, and what is allowed."""
+    allowed = sorted(map(str, allowed))
+    near = difflib.get_close_matches(str(name), allowed, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r}.{hint} Allowed: {', '.join(allowed) or 'none'}"
+
+
+def parse_arg(arg: str, variants=("debug",), **defaults: Any) -> SimpleNamespace:
+    """'debug,seq=512' -> namespace(variant='debug', seq=512); types follow the defaults."""
+    variants = ("", *(v for v in variants if v))
+    values = {"variant": "", **defaults}
+    for i, part in enumerate(p.strip() for p in (arg or "").split(",")):
+        key, equals, text = part.partition("=")
+        if not equals:
+            if i > 0 or part not in variants:
+                raise ValueError(unknown("variant", part, variants[1:]))
+            values["variant"] = part
+        elif key not in defaults:
+            allowed = ", ".join(defaults) or "none"
+            raise ValueError(
+                f"unknown config argument {part!r}. Allowed: {allowed}; "
+                f"any config key is set with --config.{key}={text}"
+            )
+        else:
+            values[key] = _typed(key, text, defaults[key])
+    return SimpleNamespace(**values)
+
+
+def _typed(key: str, text: str, default: Any) -> Any:
+    """Text as the type of the default."""
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if isinstance(default, bool) else text)
+        if isinstance(default, float) and isinstance(value, int):
+            value = float(value)
+        if type(value) is type(default):
+            return value
+    except (ValueError, SyntaxError):
+        pass
+    raise ValueError(f"config argument {key}={text!r} must be a {type(default).__name__}")
+
+
+def find_config(spec: str) -> str:
+    """'configs/x.py:arg', 'x.py:arg' or 'x:arg' -> existing path with the same argument."""
+    name, colon, arg = spec.partition(":")
+    for path in (Path(name), ROOT / name, ROOT / "configs" / name, ROOT / "configs" / f"{name}.py"):
+        if path.suffix == ".py" and path.is_file():
+            return f"{path}{colon}{arg}"
+    names = [f"configs/{p.name}" for p in list_configs()]
+    raise FileNotFoundError(unknown("config", name, names))
+
+
+def list_configs() -> list[Path]:
+    """The config files a user can run, by name."""
+    helpers = ("__init__.py", "common.py", "data.py")
+    return [p for p in sorted((ROOT / "configs").glob("*.py")) if p.name not in helpers]
+
+
+def load_config(spec: str, *assignments: str, **overrides: Any) -> ConfigDict:
+    """Load 'configs/x.py:variant' with 'key=value' texts and keyword overrides, locked.
+
+    Dotted keys: load_config("configs/uniflud.py:debug", **{"optimizer.lr": 1e-4}, steps=20).
+    """
+    texts = [*assignments, *(f"{key}={value}" for key, value in overrides.items())]
+    argv = ["config", f"--config={spec}", *(f"--config.{text}" for text in texts)]
+    values = flags.FlagValues()
+    holder = define_config_flag(values, argv)
+    try:
+        values(argv)
+        return holder.value
+    except Exception as error:
+        raise explain(error) from error
+
+
+def define_config_flag(values: flags.FlagValues, argv: list[str]) -> flags.FlagHolder:
+    """--config and --config.any.key=value on `values`; rewrites argv's config to a real path."""
+    for i, text in enumerate(argv):
+        if text.startswith(("--config=", "-config=")):
+            argv[i] = f"--config={find_config(text.partition('=')[2])}"
+    return config_flags.DEFINE_config_file(
+        "config", None, "configs/NAME.py[:variant[,key=value...]]", values, sys_argv=argv
+    )
+
+
+def explain(error: Exception) -> Exception:
+    """The same mistake as one line that names the key, the value and what is allowed."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    if "Error whilst parsing config file" in text:  # ml_collections wraps a whole traceback
+        text = text.splitlines()[-1].partition(": ")[2]
+    text = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    if isinstance(error, flags.Error | AttributeError | KeyError | TypeError | ValueError):
+        return ValueError(text)
+    return type(error)(text) if isinstance(error, OSError) else error
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{'optimizer.lr': 0.001, ...}: every leaf by its dotted key."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
