@@ -13,6 +13,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from configs.evals import eval_config
+
 ROOT = Path(__file__).resolve().parents[1]
 # Sections whose keys belong to one system; everywhere else an unknown key is a typo.
 OPEN = ("model", "objective", "data", "sample", "optimizer.groups")
@@ -58,6 +60,7 @@ def base(**overrides: Any) -> ConfigDict:
             accumulate=1,  # micro-batches per step
             init_from="",  # DIR, or "vae=FILE_OR_DIR,gemma=DIR"
             evals=("",)[:0],
+            evaluation=eval_config(),
             eval_every=0,  # 0: at the end only
             sample=dict(prompts=("",)[:0]),
             sample_every=0,  # 0: at the end only
@@ -143,7 +146,7 @@ def find_config(spec: str) -> str:
 
 def list_configs() -> list[Path]:
     """The config files a user can run, by name."""
-    helpers = ("__init__.py", "common.py", "data.py")
+    helpers = ("__init__.py", "common.py", "data.py", "evals.py")
     return [p for p in sorted((ROOT / "configs").glob("*.py")) if p.name not in helpers]
 
 

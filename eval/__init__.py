@@ -1,0 +1,30 @@
+"""Evaluators. EVALUATORS[name](config) -> fn(model, params, *, step, rng, workdir) -> metrics.
+
+Metrics are flat: {"test_loss": 2.3, "test_loss_unigram": 5.0}. A key that ends in one of
+`eval.run.REFERENCES` is the chance level or baseline of the key before it. Fits and reports take
+model=None and params=None.
+"""
+
+import importlib
+from collections.abc import Callable
+
+# Modules are imported when an evaluator is built: a run pays only for what it measures.
+_MODULES = {
+    "captioning": "eval.captioning",
+    "questions": "eval.questions",
+    "retrieval": "eval.retrieval",
+    "reconstruction": "eval.reconstruction",
+    "kid": "eval.kid",
+    "gradients": "eval.gradients",
+    "edits": "eval.edits",
+    "sheets": "eval.sheets",
+    "power_law": "eval.scaling.power_law",
+    "ablation_table": "eval.ablation_table",
+}
+
+
+def _builder(module: str) -> Callable:
+    return lambda config: importlib.import_module(module).build(config)
+
+
+EVALUATORS: dict[str, Callable] = {name: _builder(path) for name, path in _MODULES.items()}
