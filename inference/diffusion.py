@@ -1,7 +1,7 @@
 """Ancestral sampling of single tokens from the diffusion head: one compiled loop over steps.
 
 What does not change inside the loop is computed once: time embeddings of all steps, the projected
-conditions, all noise. Guidance acts on eps only and carries one trajectory (building blocks 5.4).
+conditions, all noise. Guidance acts on eps only and carries one trajectory (MAR, section 3.4).
 """
 
 from functools import lru_cache
@@ -15,7 +15,7 @@ from models.blocks import diffusion_head as dh
 
 
 @lru_cache(maxsize=16)
-def spaced(steps: int, total: int = 1000) -> dh.Schedule:
+def spaced(steps: int, total: int = dh.STEPS) -> dh.Schedule:
     """Float64 tables of the process reduced to `steps` of `total` steps."""
     return dh.respace(dh.schedule(total), steps)
 
@@ -44,43 +44,44 @@ def draw_noise(keys: Array, steps: int, channels: int) -> Float[Array, "s n c"]:
     return rows.transpose(1, 0, 2)
 
 
+def guidance_weights(scale: float | Float[Array, "*n"]) -> Float[Array, "k *n"]:
+    """Branch weights of classifier-free guidance eps_u + s (eps_c - eps_u): [s, 1 - s]."""
+    scale = jnp.asarray(scale, jnp.float32)
+    return jnp.stack([scale, 1.0 - scale])
+
+
 def sample_head(
     head: dh.Head,
-    z: Float[Array, "n z"],
+    z: Float[Array, "k n z"],
+    weights: Float[Array, "k"] | Float[Array, "k n"] | None = None,
     keys: Array | None = None,
     *,
-    z_uncond: Float[Array, "n z"] | None = None,
-    guidance: float | Float[Array, ""] | Float[Array, "n"] = 1.0,
     steps: int = 100,
     temperature: float | Float[Array, ""] = 1.0,
     x0_clip: float | None = None,
     noise: Float[Array, "s n c"] | None = None,
-    total_steps: int = 1000,
+    total_steps: int = dh.STEPS,
 ) -> Float[Array, "n c"]:
-    """Sample one token per condition row.
+    """Sample one token per row from the branches' weighted eps; branch 0 gives the variance.
 
+    z: one branch per guidance condition, the full one first; K = 1 runs no other branch.
+    weights: of the branches, summing to one, may be traced and differ per row.
     keys: typed PRNG keys [n]; or give `noise` [steps + 1, n, C] (start, then last step to first).
-    guidance: eps_u + s (eps_c - eps_u), a number or traced per row. A missing `z_uncond` or the
-    Python number 1 leaves the null branch out of the program.
     temperature scales the noise of the steps, not the start. x0_clip bounds the predicted x_0:
     a young head's error is multiplied by 2e4 at the first step; None is MAR's sampler.
     """
+    branches = z.shape[0]
     tables = spaced(steps, total_steps)
-    guided = z_uncond is not None and not (isinstance(guidance, int | float) and guidance == 1)
     if noise is None:
         noise = draw_noise(keys, steps, head.channels)
     cond = head.cond(z)
-    if guided:
-        cond = jnp.concatenate([cond, head.cond(z_uncond)])
-        guidance = jnp.asarray(guidance, jnp.float32)
-        guidance = guidance[:, None] if guidance.ndim else guidance
+    weights = jnp.ones((1,)) if weights is None else weights
+    weights = weights.reshape(branches, -1, 1).astype(jnp.float32)
 
     def predict(x, time):
-        if not guided:
-            return jnp.split(head.denoise(x, time + cond), 2, axis=-1)
-        out = head.denoise(jnp.concatenate([x, x]), time + cond)
-        (eps_c, v), (eps_u, _) = (jnp.split(o, 2, axis=-1) for o in jnp.split(out, 2))
-        return eps_u + guidance * (eps_c - eps_u), v
+        inputs = jnp.broadcast_to(x, (branches, *x.shape))
+        eps, v = jnp.split(head.denoise(inputs, time + cond), 2, axis=-1)
+        return eps[0] if branches == 1 else (weights * eps).sum(0), v[0]
 
     def step(x, inputs):
         c, time, eps_step = inputs

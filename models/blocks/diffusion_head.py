@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 FREQUENCIES = 256
+STEPS = 1000  # of the training process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _tables(betas: np.ndarray, steps: np.ndarray) -> Schedule:
     )
 
 
-def schedule(steps: int = 1000) -> Schedule:
+def schedule(steps: int = STEPS) -> Schedule:
     """Cosine schedule: abar(u) = cos^2((u + 0.008) / 1.008 * pi / 2), betas capped at 0.999."""
     u = np.arange(steps + 1, dtype=np.float64) / steps
     bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -247,7 +248,7 @@ class DiffusionHead(nn.Module):
 
 
 def draw(
-    keys: Array, channels: int, steps: int = 1000
+    keys: Array, channels: int, steps: int = STEPS
 ) -> tuple[Int[Array, "*n"], Float[Array, "*n c"]]:
     """Uniform step and Gaussian noise from one typed key per token, any leading shape."""
 
@@ -273,7 +274,7 @@ def _at(table: np.ndarray, t: Array) -> Array:
 
 
 def loss(
-    head: Head,
+    head: Callable[[Array, Array, Array], Array],
     x0: Float[Array, "n c"],
     z: Float[Array, "n z"],
     t: Int[Array, "*r n"],
@@ -282,15 +283,15 @@ def loss(
     tables: Schedule | None = None,
     discretised_t0: bool = True,
 ) -> tuple[Float[Array, "*r n"], Float[Array, "*r n"]]:
-    """(MSE of eps, variational bound in bits) per token, means over C; t may add repeats in front.
+    """(MSE of eps, variational bound in bits) per token, means over C.
 
-    z is projected once for all repeats. Gradients of the bound reach only the variance half.
+    head: (x_t, t, z) -> [eps | v], a `Head` or a bound `DiffusionHead`. t and eps may put repeats
+    in front: z is projected once for all of them. The bound trains the variance half only.
     """
     tables = schedule() if tables is None else tables
     x0 = x0.astype(jnp.float32)
     x_t = diffuse(tables, x0, t, eps)
-    out = head.denoise(x_t, head.time(t) + head.cond(z))
-    eps_hat, v = jnp.split(out, 2, axis=-1)
+    eps_hat, v = jnp.split(head(x_t, t, z), 2, axis=-1)
     mse = jnp.square(eps_hat - eps).mean(-1)
     return mse, variational_bound(
         tables, x0, x_t, t, jax.lax.stop_gradient(eps_hat), v, discretised_t0=discretised_t0

@@ -110,14 +110,14 @@ def depth_to_space(x: Float[Array, "b h w d"], factor: int) -> Float[Array, "b h
     return x.reshape(b, h * factor, w * factor, c)
 
 
-def patchify(z: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n d"]:
-    """Latents to tokens, row-major, channel order (c, p, q) as in MAR."""
+def tokens_from_latents(z: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n d"]:
+    """Patchify: row-major tokens, channel order (c, p, q) as in MAR."""
     z = space_to_depth(z, patch)
     return z.reshape(z.shape[0], -1, z.shape[-1])
 
 
-def unpatchify(tokens: Float[Array, "b n d"], patch: int) -> Float[Array, "b h w c"]:
-    """Exact inverse of `patchify` for square grids."""
+def latents_from_tokens(tokens: Float[Array, "b n d"], patch: int) -> Float[Array, "b h w c"]:
+    """Exact inverse of `tokens_from_latents` for square grids."""
     b, n, d = tokens.shape
     side = round(n**0.5)
     if side**2 != n:
@@ -125,20 +125,30 @@ def unpatchify(tokens: Float[Array, "b n d"], patch: int) -> Float[Array, "b h w
     return depth_to_space(tokens.reshape(b, side, side, d), patch)
 
 
+def normalise(z: Float[Array, "*b z"], latents: dict) -> Float[Array, "*b z"]:
+    """Latents to zero mean and unit variance; `latents` = {mean [z], std [z]} of the weights."""
+    return (z - latents["mean"]) / latents["std"]
+
+
+def denormalise(z: Float[Array, "*b z"], latents: dict) -> Float[Array, "*b z"]:
+    """Exact inverse of `normalise`: what `decode` takes."""
+    return z * latents["std"] + latents["mean"]
+
+
 def split_moments(
-    moments: Float[Array, "b h w z2"],
-) -> tuple[Float[Array, "b h w z"], Float[Array, "b h w z"]]:
+    moments: Float[Array, "*b z2"],
+) -> tuple[Float[Array, "*b z"], Float[Array, "*b z"]]:
     """Mean and clipped log variance of the posterior, in float32."""
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
 
-def posterior_mean(moments: Float[Array, "b h w z2"]) -> Float[Array, "b h w z"]:
+def posterior_mean(moments: Float[Array, "*b z2"]) -> Float[Array, "*b z"]:
     """Mode of the posterior: what evaluation uses."""
     return split_moments(moments)[0]
 
 
-def sample_posterior(moments: Float[Array, "b h w z2"], rng: Array) -> Float[Array, "b h w z"]:
+def sample_posterior(moments: Float[Array, "*b z2"], rng: Array) -> Float[Array, "*b z"]:
     """mean + exp(logvar / 2) * noise; rng is one key, or typed keys [b] for per-row noise."""
     mean, logvar = split_moments(moments)
     if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.ndim == 1:
@@ -152,22 +162,6 @@ def kl_divergence(moments: Float[Array, "b h w z2"]) -> Float[Array, "b"]:
     """KL(posterior || N(0, 1)) per image in nats: sum of (mean^2 + var - 1 - logvar) / 2."""
     mean, logvar = split_moments(moments)
     return 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, axis=(1, 2, 3))
-
-
-def tokens_from_latents(
-    params: dict, cfg: KLVAEConfig, z: Float[Array, "b h w z"]
-) -> Float[Array, "b n c"]:
-    """Latents to unit-variance tokens, with the mean and std stored among the weights."""
-    latents = params["latents"]
-    return patchify((z - latents["mean"]) / latents["std"], cfg.patch)
-
-
-def latents_from_tokens(
-    params: dict, cfg: KLVAEConfig, tokens: Float[Array, "b n c"]
-) -> Float[Array, "b h w z"]:
-    """Exact inverse of `tokens_from_latents`."""
-    latents = params["latents"]
-    return unpatchify(tokens, cfg.patch) * latents["std"] + latents["mean"]
 
 
 # ---------------------------------------------------------------- modules
@@ -272,23 +266,6 @@ class Encoder(nn.Module):
         return Conv(2 * cfg.z, name="conv_out")(x)
 
 
-class Decoder(nn.Module):
-    """Latents to features in front of the last convolution, and that convolution."""
-
-    cfg: KLVAEConfig
-
-    def setup(self):
-        self.conv_out = Conv(3 * self.cfg.stem**2)
-        self.body = DecoderBody(self.cfg)
-
-    def features(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
-        """Input of the last convolution: the adversarial weight needs its gradient only."""
-        return self.body(z)
-
-    def __call__(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
-        return depth_to_space(self.conv_out(self.body(z)), self.cfg.stem)
-
-
 class DecoderBody(nn.Module):
     """Everything of the decoder but the last convolution."""
 
@@ -306,6 +283,35 @@ class DecoderBody(nn.Module):
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
                 x = Conv(x.shape[-1], name=f"up_{level}_upsample")(x)
         return nn.swish(Norm(cfg.groups, name="norm_out")(x))
+
+
+class Decoder(nn.Module):
+    """Latents to features in front of the last convolution, and that convolution."""
+
+    cfg: KLVAEConfig
+
+    def setup(self):
+        self.conv_out = Conv(3 * self.cfg.stem**2)
+        self.body = DecoderBody(self.cfg)
+
+    def features(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
+        """Input of the last convolution: the adversarial weight needs its gradient only."""
+        return self.body(z)
+
+    def __call__(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
+        return depth_to_space(self.conv_out(self.body(z)), self.cfg.stem)
+
+
+class LatentStatistics(nn.Module):
+    """Mean and std [z] that make tokens unit variance; filled in from running statistics."""
+
+    cfg: KLVAEConfig
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, "z"], Float[Array, "z"]]:
+        std = nn.initializers.constant(self.cfg.latent_std)
+        mean = self.param("mean", _boxed(nn.initializers.zeros, "norm"), (self.cfg.z,))
+        return mean, self.param("std", _boxed(std, "norm"), (self.cfg.z,))
 
 
 class KLVAE(nn.Module):
@@ -337,18 +343,6 @@ class KLVAE(nn.Module):
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         self.latents()
         return self.decode(posterior_mean(self.encode(images)))
-
-
-class LatentStatistics(nn.Module):
-    """Mean and std [z] that make tokens unit variance; filled in from running statistics."""
-
-    cfg: KLVAEConfig
-
-    @nn.compact
-    def __call__(self) -> tuple[Float[Array, "z"], Float[Array, "z"]]:
-        std = nn.initializers.constant(self.cfg.latent_std)
-        mean = self.param("mean", _boxed(nn.initializers.zeros, "norm"), (self.cfg.z,))
-        return mean, self.param("std", _boxed(std, "norm"), (self.cfg.z,))
 
 
 # ---------------------------------------------------------------- functions on plain parameters
