@@ -1,0 +1,53 @@
+"""attention(): one call, several implementations, chosen by platform and shape."""
+
+import logging
+
+from jaxtyping import Array, Float
+
+from kernels.attention import ref, xla
+from kernels.attention.mask import MaskSpec
+from kernels.errors import NotSupported
+
+IMPLEMENTATIONS = {"ref": ref.attention, "xla": xla.attention}
+# Tried in this order by impl="auto"; the last one takes everything.
+AUTO = ("xla",)
+_logged: set[str] = set()
+
+
+def attention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b s g k"],
+    v: Float[Array, "b s g v"],
+    mask: MaskSpec | None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    impl: str = "auto",
+) -> Float[Array, "b t h v"]:
+    """Grouped-query attention, softmax(mask(softcap(q kᵀ scale))) v; scale defaults to K^-1/2.
+
+    impl="auto" falls through implementations that raise NotSupported; a named one never does.
+    """
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention: {q.shape[2]} query heads do not divide into {k.shape[2]}")
+    options = dict(scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap)
+    if impl != "auto":
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"attention: impl={impl!r}, allowed: auto, {', '.join(IMPLEMENTATIONS)}"
+            )
+        return IMPLEMENTATIONS[impl](q, k, v, mask, **options)
+    for name in AUTO:
+        try:
+            out = IMPLEMENTATIONS[name](q, k, v, mask, **options)
+        except NotSupported:
+            continue
+        _log_once(name)
+        return out
+    raise NotSupported(f"attention: none of {AUTO} takes q {q.shape}, k {k.shape}")
+
+
+def _log_once(name):
+    if name not in _logged:
+        _logged.add(name)
+        logging.info("attention: impl=auto takes %s", name)

@@ -1,0 +1,94 @@
+"""Multi-head attention with grouped keys: Gemma's (RoPE, cache, soft-cap) and ViT's (biases)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels.attention import MaskSpec, attention
+from models.blocks import kv_cache
+from models.blocks.common import Linear, constrain
+from models.blocks.norms import RMSNorm
+from models.blocks.rope import RopeTable, apply_rope
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CacheUse:
+    """How one call uses the cache: store a prompt (step=False) or continue at positions."""
+
+    positions: Int[Array, "b t"]
+    lengths: Int[Array, "b"] | None
+    step: bool = dataclasses.field(metadata=dict(static=True))
+
+
+class Attention(nn.Module):
+    """softmax(softcap(q kᵀ scale) + mask) v projected back to the input's width."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: Any = jnp.float32
+    scale: float | None = None  # None: head_dim^-1/2
+    softcap: float | None = None
+    window: int | None = None  # of a local layer; its cache is a ring
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    bias: bool = False
+    kernel_init: Callable | None = None
+    impl: str = "auto"
+
+    def _project(self, name, heads, axis, x):
+        shape, axes = (heads, self.head_dim), ("embed", axis, "head_dim")
+        return Linear(shape, axes, self.dtype, 1, self.bias, self.kernel_init, name=name)(x)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        mask: MaskSpec | None,
+        rope: RopeTable | None = None,
+        *,
+        keys_from: Float[Array, "b s d"] | None = None,
+        cache: kv_cache.KVCache | None = None,
+        layer: Any = None,
+        use: CacheUse | None = None,
+    ) -> tuple[Float[Array, "b t d"], kv_cache.KVCache | None]:
+        source = x if keys_from is None else keys_from
+        q = self._project("q", self.heads, "heads", x)
+        k = self._project("k", self.kv_heads, "kv_heads", source)
+        v = self._project("v", self.kv_heads, "kv_heads", source)
+        if self.qk_norm:
+            q = RMSNorm(self.norm_eps, name="q_norm")(q)
+            k = RMSNorm(self.norm_eps, name="k_norm")(k)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache is not None:
+            k, v, mask, cache = self._through_cache(k, v, mask, cache, layer, use)
+        if mask is not None and self.window is not None:
+            mask = mask.with_window(self.window)
+        q = constrain(q, "batch", "length", "act_heads", None)
+        k = constrain(k, "batch", None, "act_kv_heads", None)
+        v = constrain(v, "batch", None, "act_kv_heads", None)
+        out = attention(q, k, v, mask, scale=self.scale, softcap=self.softcap, impl=self.impl)
+        axes = ("heads", "head_dim", "embed")
+        project = Linear((x.shape[-1],), axes, self.dtype, 2, self.bias, self.kernel_init, name="o")
+        return project(out), cache
+
+    def _through_cache(self, k, v, mask, cache, layer, use):
+        """Stores k, v; a prompt attends to itself, a step to everything stored up to it."""
+        ring = self.window is not None
+        if not use.step:
+            return k, v, mask, kv_cache.write_prompt(cache, layer, k, v, use.lengths)
+        slots = cache.k.shape[2]
+        if ring and k.shape[1] > 1 and slots == self.window:
+            raise ValueError(
+                f"{k.shape[1]} tokens in one step would overwrite a ring of {slots} slots; feed one"
+            )
+        cache = kv_cache.write_tokens(cache, layer, k, v, use.positions, ring)
+        k, v = (x.astype(self.dtype) for x in kv_cache.read(cache, layer))
+        return k, v, kv_cache.mask_after_write(slots, use.positions, ring), cache

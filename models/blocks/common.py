@@ -1,0 +1,104 @@
+"""What every block needs: sharding constraints, a linear layer, checkpointing policies."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+# Gemma's projections: truncated normal, variance 1 / fan-in (building_blocks 1.5).
+fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Shards x by logical axis names; a no-op without a mesh or without rules.
+
+    A dimension that its mesh axes do not divide is left whole (one kv head on two devices).
+    """
+    rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
+    if not rules or mesh.empty or mesh.are_all_axes_manual:
+        return x
+    unknown = {name for name in names if name is not None} - {name for name, _ in rules}
+    if unknown:
+        raise ValueError(f"unknown logical axis names {sorted(unknown)}")
+    spec = nn.logical_to_mesh_axes(names, rules)
+    fitted = (axes if _divides(mesh, axes, size) else None for axes, size in zip(spec, x.shape))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitted))
+
+
+def _divides(mesh, axes, size):
+    if axes is None:
+        return True
+    parts = 1
+    for axis in (axes,) if isinstance(axes, str) else axes:
+        parts *= mesh.shape[axis]
+    return size % parts == 0
+
+
+def remat_block(block: type[nn.Module], policy: str, *, static: Sequence[int] = ()) -> Any:
+    """`block` under the checkpointing policy that config.remat names.
+
+    none: keep everything. dots: keep the outputs of matrix products with no batch dimension
+    (projections, not attention scores). full: keep the block's input only.
+    """
+    match policy:
+        case "none":
+            return block
+        case "dots":
+            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        case "full":
+            keep = jax.checkpoint_policies.nothing_saveable
+        case _:
+            raise ValueError(f"config.remat={policy!r}, allowed: none, dots, full")
+    # Inside nn.scan the loop itself keeps XLA from merging the recomputation away.
+    return nn.remat(block, policy=keep, prevent_cse=False, static_argnums=tuple(static))
+
+
+class Linear(nn.Module):
+    """y = x W (+ b) over the last `ins` axes of x; W is [*in, *features] in float32."""
+
+    features: tuple[int, ...]
+    axes: tuple[str | None, ...]  # logical names of W's axes
+    dtype: Any = jnp.float32
+    ins: int = 1
+    bias: bool = False
+    kernel_init: Callable | None = None  # called with the matrix [prod(in), prod(out)]
+    bias_init: Callable = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        into = x.shape[x.ndim - self.ins :]
+        init = self.kernel_init or fan_in_normal
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(matrix_init(init, self.ins), self.axes),
+            (*into, *self.features),
+            jnp.float32,
+        )
+        contract = (tuple(range(x.ndim - self.ins, x.ndim)), tuple(range(self.ins)))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
+        )
+        if self.bias:
+            axes = self.axes[self.ins :]
+            init = nn.with_logical_partitioning(self.bias_init, axes)
+            y = y + self.param("bias", init, self.features, jnp.float32).astype(self.dtype)
+        return y
+
+
+def matrix_init(init: Callable, ins: int) -> Callable:
+    """Initialiser of a [*in, *out] tensor that draws the matrix [prod(in), prod(out)]."""
+
+    def draw(key, shape, dtype):
+        rows = 1
+        for size in shape[:ins]:
+            rows *= size
+        columns = 1
+        for size in shape[ins:]:
+            columns *= size
+        return init(key, (rows, columns), dtype).reshape(shape)
+
+    return draw

@@ -1,0 +1,317 @@
+"""Gemma 1, 2 and 3 decoders (building_blocks.md section 1): one config, one scanned layer stack.
+
+Differences between the generations are fields: post-norms and soft-caps (2), q/k norms and a
+second RoPE base (3), the pattern of local and global layers (2: alternating, 3: five to one).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels.attention import MaskSpec
+from models.blocks import kv_cache
+from models.blocks.attention import Attention, CacheUse
+from models.blocks.common import Linear, constrain, remat_block
+from models.blocks.norms import RMSNorm
+from models.blocks.rope import RopeTable, rope_table
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder; the published ones are in SIZES."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    pattern: tuple[str, ...] = ("local", "global")
+    window: int = 4096  # of local layers, the query itself counts; 0 makes every layer see all
+    attn_softcap: float | None = None
+    final_softcap: float | None = None
+    query_scale: float | None = None  # None: head_dim^-1/2
+    post_norms: bool = False
+    qk_norm: bool = False
+    rope_theta: float = 10_000.0
+    rope_theta_global: float | None = None  # None: rope_theta
+    rope_scale_global: float = 1.0
+    norm_eps: float = 1e-6
+    embed_scale: bool = True
+    tie: bool = True
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if not self.pattern or set(self.pattern) - {"local", "global"}:
+            raise ValueError(f"pattern={self.pattern}, allowed: a tuple of 'local' and 'global'")
+
+    @property
+    def repeats(self) -> int:
+        """Whole patterns in the stack; the scan runs over them."""
+        return self.layers // len(self.pattern)
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """Kinds of the layers left over behind the last whole pattern."""
+        return self.pattern[: self.layers % len(self.pattern)]
+
+    def window_of(self, kind: str) -> int | None:
+        """Window of a layer of this kind, None without one."""
+        return self.window if kind == "local" and self.window else None
+
+
+_GEMMA2 = dict(
+    vocab_size=256_000, attn_softcap=50.0, final_softcap=30.0, post_norms=True, head_dim=256
+)
+_GEMMA3 = dict(
+    pattern=("local",) * 5 + ("global",),
+    post_norms=True,
+    qk_norm=True,
+    rope_theta_global=1e6,
+    head_dim=256,
+)
+
+
+def _sizes(width, layers, mlp, heads, kv_heads, **rest):
+    return DecoderConfig(
+        width=width, layers=layers, mlp=mlp, heads=heads, kv_heads=kv_heads, **rest
+    )
+
+
+_GEMMA1 = dict(vocab_size=256_000, head_dim=256, pattern=("global",))
+
+SIZES = {
+    "gemma_2b": _sizes(2048, 18, 16384, 8, 1, **_GEMMA1),
+    "gemma_7b": _sizes(3072, 28, 24576, 16, 16, **_GEMMA1),
+    "gemma2_2b": _sizes(2304, 26, 9216, 8, 4, **_GEMMA2),
+    "gemma2_9b": _sizes(3584, 42, 14336, 16, 8, **_GEMMA2),
+    "gemma2_27b": _sizes(
+        4608, 46, 36864, 32, 16, **{**_GEMMA2, "head_dim": 128, "query_scale": 144**-0.5}
+    ),
+    "gemma3_1b": _sizes(1152, 26, 6912, 4, 1, vocab_size=262_144, window=512, **_GEMMA3),
+    "gemma3_4b": _sizes(
+        2560, 34, 10240, 8, 4, vocab_size=262_208, window=1024, rope_scale_global=8.0, **_GEMMA3
+    ),
+    # UniFluid's smaller model: the paper gives no dimensions (unifluid.md section 3).
+    "unifluid_0p7b": _sizes(1536, 18, 6144, 8, 4, **_GEMMA2),
+    # Gemma-2-shaped models for CPUs; the vocabulary comes with the data.
+    "small": _sizes(256, 4, 1024, 4, 2, **{**_GEMMA2, "head_dim": 64, "vocab_size": 8192}),
+    "tiny": _sizes(160, 3, 640, 4, 2, **{**_GEMMA2, "head_dim": 40, "vocab_size": 2048}),
+    "debug": _sizes(64, 2, 128, 2, 1, **{**_GEMMA2, "head_dim": 32, "vocab_size": 512}),
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """What every layer of a call reads."""
+
+    mask: MaskSpec | None
+    rope: dict[str, RopeTable]
+    use: CacheUse | None
+
+
+class GatedMlp(nn.Module):
+    """(gelu_tanh(x W_gate) ⊙ x W_up) W_down."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        up = ("embed", "mlp")
+        gate = nn.gelu(Linear((self.hidden,), up, self.dtype, name="gate")(x), approximate=True)
+        hidden = gate * Linear((self.hidden,), up, self.dtype, name="up")(x)
+        hidden = constrain(hidden, "batch", "length", "act_mlp")
+        return Linear((x.shape[-1],), ("mlp", "embed"), self.dtype, name="down")(hidden)
+
+
+class Block(nn.Module):
+    """One layer: attention and gated MLP, each between a pre-norm and (Gemma 2, 3) a post-norm."""
+
+    cfg: DecoderConfig
+    kind: str
+    dtype: Any = jnp.float32
+    impl: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], shared: _Shared, cache, layer):
+        cfg = self.cfg
+
+        def norm(name, y):
+            return RMSNorm(cfg.norm_eps, name=name)(y)
+
+        attend = Attention(
+            cfg.heads,
+            cfg.kv_heads,
+            cfg.head_dim,
+            self.dtype,
+            scale=cfg.query_scale,
+            softcap=cfg.attn_softcap,
+            window=cfg.window_of(self.kind),
+            qk_norm=cfg.qk_norm,
+            norm_eps=cfg.norm_eps,
+            impl=self.impl,
+            name="attn",
+        )
+        y, cache = attend(
+            norm("pre_attn_norm", x),
+            shared.mask,
+            shared.rope[self.kind],
+            cache=cache,
+            layer=layer,
+            use=shared.use,
+        )
+        x = x + (norm("post_attn_norm", y) if cfg.post_norms else y)
+        y = GatedMlp(cfg.mlp, self.dtype, name="mlp")(norm("pre_mlp_norm", x))
+        x = x + (norm("post_mlp_norm", y) if cfg.post_norms else y)
+        return constrain(x, "batch", "length", "act_embed"), cache
+
+
+class Group(nn.Module):
+    """One repeat of the layer pattern, the body of the scan; the cache rides in the carry."""
+
+    cfg: DecoderConfig
+    dtype: Any
+    remat: str
+    impl: str
+
+    @nn.compact
+    def __call__(self, carry, layer, shared):
+        x, caches = carry
+        block = remat_block(Block, self.remat)
+        out = {}
+        for i, kind in enumerate(self.cfg.pattern):
+            name = f"{i}_{kind}"
+            cache = None if caches is None else caches[name]
+            x, out[name] = block(self.cfg, kind, self.dtype, self.impl, name=name)(
+                x, shared, cache, layer
+            )
+        return (x, None if caches is None else out), None
+
+
+class Decoder(nn.Module):
+    """Embedding, layer stack and (tied) output head as three methods."""
+
+    cfg: DecoderConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    impl: str = "auto"
+
+    def setup(self):
+        cfg = self.cfg
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(cfg.width**-0.5), ("vocab", "embed")
+        )
+        shape = (cfg.vocab_size, cfg.width)
+        self.embedding = self.param("embedding", init, shape, jnp.float32)
+        if not cfg.tie:
+            self.head = self.param("head", init, shape, jnp.float32)
+        if cfg.repeats:
+            scan = nn.scan(
+                Group,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=cfg.repeats,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            self.layers = scan(cfg, self.dtype, self.remat, self.impl)
+        block = remat_block(Block, self.remat)
+        self.tail = [block(cfg, kind, self.dtype, self.impl) for kind in cfg.tail]
+        self.final_norm = RMSNorm(cfg.norm_eps)
+
+    def table(self) -> Float[Array, "v d"]:
+        """Output embedding in float32, what the chunked cross-entropy multiplies with."""
+        return self.embedding if self.cfg.tie else self.head
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Rows of the embedding times sqrt(D), the factor rounded to the compute type first."""
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        if self.cfg.embed_scale:
+            x = x * jnp.asarray(math.sqrt(self.cfg.width), self.dtype)
+        return constrain(x, "batch", "length", "act_embed")
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        mask: MaskSpec | None = None,
+        positions: Int[Array, "b t"] | None = None,
+        cache=None,
+        lengths: Int[Array, "b"] | None = None,
+    ):
+        """Hidden states after the final norm, and the cache after this call (None without one).
+
+        Without a cache, or with one and T > 1 and a mask (prefill: tokens 0..T-1 of right-padded
+        rows), x attends to itself under `mask`. With a cache and T = 1, or no mask, each row
+        continues at its own positions and sees every stored key up to them.
+        """
+        cfg = self.cfg
+        x = constrain(x.astype(self.dtype), "batch", "length", "act_embed")
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+        step = cache is not None and (x.shape[1] == 1 or mask is None)
+        use = None if cache is None else CacheUse(positions, lengths, step)
+        if mask is None and not step:
+            mask = MaskSpec()
+        shared = _Shared(mask, self._rope_tables(positions), use)
+        done = {}
+        if cfg.repeats:
+            carry = (x, None if cache is None else cache["layers"])
+            (x, done["layers"]), _ = self.layers(
+                carry, jnp.arange(cfg.repeats, dtype=jnp.int32), shared
+            )
+        for i, block in enumerate(self.tail):
+            name = f"tail_{i}"
+            x, done[name] = block(x, shared, None if cache is None else cache[name], 0)
+        return self.final_norm(x), None if cache is None else done
+
+    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
+        """Soft-capped scores of every vocabulary row, float32."""
+        table = self.table().astype(self.dtype)
+        out = jnp.einsum(
+            "...d,vd->...v", hidden.astype(self.dtype), table, preferred_element_type=jnp.float32
+        )
+        cap = self.cfg.final_softcap
+        return cap * jnp.tanh(out / cap) if cap else out
+
+    def text(
+        self, tokens: Int[Array, "b t"], mask: MaskSpec | None = None, positions=None
+    ) -> Float[Array, "b t v"]:
+        """Logits of a plain language model; also the method that initialises every parameter."""
+        return self.logits(self(self.embed(tokens), mask, positions)[0])
+
+    def _rope_tables(self, positions):
+        cfg = self.cfg
+        local = rope_table(positions, cfg.head_dim, cfg.rope_theta)
+        if cfg.rope_theta_global is None and cfg.rope_scale_global == 1.0:
+            return {"local": local, "global": local}
+        theta = cfg.rope_theta_global or cfg.rope_theta
+        everywhere = rope_table(positions, cfg.head_dim, theta, cfg.rope_scale_global)
+        return {"local": local, "global": everywhere}
+
+
+def init_cache(cfg: DecoderConfig, batch: int, max_len: int, dtype=jnp.float32):
+    """Empty cache for rows of up to max_len tokens; every leaf is [n, B, S, G, K] (rows on axis 1).
+
+    S is max_len, and min(window, max_len) where a local layer can do with a ring.
+    """
+
+    def entry(kind, layers):
+        window = cfg.window_of(kind)
+        slots = max_len if window is None else min(window, max_len)
+        return kv_cache.empty(layers, batch, slots, cfg.kv_heads, cfg.head_dim, dtype)
+
+    caches = {f"tail_{i}": entry(kind, 1) for i, kind in enumerate(cfg.tail)}
+    if cfg.repeats:
+        caches["layers"] = {
+            f"{i}_{kind}": entry(kind, cfg.repeats) for i, kind in enumerate(cfg.pattern)
+        }
+    return caches

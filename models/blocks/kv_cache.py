@@ -1,0 +1,84 @@
+"""Key/value cache: arrays [n, B, S, G, K] for n stacked layers, rows right-padded and ragged.
+
+Token p of a row sits in slot p, or in slot p mod S where S = window slots serve a local layer
+(a ring). What a slot holds follows from the row's newest position alone, so nothing else is kept.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels.attention import MaskSpec
+from models.blocks.common import constrain
+
+
+class KVCache(NamedTuple):
+    """Keys (RoPE applied) and values of n layers that share a place in the layer pattern."""
+
+    k: Float[Array, "n b s g k"]
+    v: Float[Array, "n b s g v"]
+
+
+def empty(layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype) -> KVCache:
+    """Zeroed cache, sharded like the activations it will hold."""
+    zeros = jnp.zeros((layers, batch, slots, heads, head_dim), dtype)
+    zeros = constrain(zeros, None, "batch", None, "act_kv_heads", None)
+    return KVCache(zeros, zeros)
+
+
+def read(cache: KVCache, layer) -> tuple[Float[Array, "b s g k"], Float[Array, "b s g v"]]:
+    """Keys and values of one layer; layer may be traced."""
+    return tuple(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in cache)
+
+
+def write_prompt(cache: KVCache, layer, k, v, lengths: Int[Array, "b"] | None) -> KVCache:
+    """Stores positions 0..T-1 of right-padded rows; pads may land in slots nobody reads yet.
+
+    A prompt longer than the ring keeps each row's last S real tokens, hence needs lengths.
+    """
+    slots, tokens = cache.k.shape[2], k.shape[1]
+    if tokens > slots:
+        if lengths is None:
+            raise ValueError(
+                f"a prompt of {tokens} tokens into {slots} cache slots needs lengths=[B]"
+            )
+        last = lengths[:, None] - 1
+        source = last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
+        source = jnp.maximum(source, 0)[..., None, None]
+        k, v = (jnp.take_along_axis(x, source, axis=1) for x in (k, v))
+    start = (layer, 0, 0, 0, 0)
+    return KVCache(
+        *(
+            jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], start)
+            for old, new in zip(cache, (k, v))
+        )
+    )
+
+
+def write_tokens(cache: KVCache, layer, k, v, positions: Int[Array, "b t"], ring: bool) -> KVCache:
+    """Stores T tokens of each row at that row's own positions, in place inside a scan's carry.
+
+    A position past the end of a full cache is dropped.
+    """
+    slots = positions % cache.k.shape[2] if ring else positions
+
+    def store(old, new):
+        put = jax.vmap(
+            lambda rows, slot, value: rows.at[layer, slot].set(value, mode="drop"),
+            in_axes=(1, 0, 0),
+            out_axes=1,
+        )
+        return put(old, slots, new.astype(old.dtype))
+
+    return KVCache(store(cache.k, k), store(cache.v, v))
+
+
+def mask_after_write(slots: int, positions: Int[Array, "b t"], ring: bool) -> MaskSpec:
+    """Keys at positions <= the query's; a ring slot s holds newest - (newest - s) mod S."""
+    if not ring:
+        return MaskSpec(q_positions=positions)
+    newest = positions[:, -1:]
+    held = newest - (newest - jnp.arange(slots, dtype=jnp.int32)) % slots
+    return MaskSpec(q_positions=positions, kv_positions=held, kv_valid=held >= 0)
