@@ -1,4 +1,4 @@
-"""Runs the evaluators of a config, writes eval/<step>.json and prints a table with chance levels."""
+"""Runs a config's evaluators, writes eval/<step>.json, prints results with chance levels beside."""
 
 import json
 import os

@@ -1,0 +1,141 @@
+"""Report of the task `runs`: one row per group of runs, mean ± spread over its seeds.
+
+Runs are named "GROUP/seedN"; a run's numbers are those of the newest file in its eval/ folder.
+Writes report.md, report.json and report.png into the workdir of the task.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from eval.run import REFERENCES, write_json
+
+SHOWN = 8  # columns when config.evaluation.table.metrics names none
+
+
+def newest(folder: Path) -> dict | None:
+    """The evaluation of the latest step in folder/eval, or None."""
+    files = [p for p in folder.glob("eval/*.json") if p.stem.isdigit()]
+    return json.loads(max(files, key=lambda p: int(p.stem)).read_text()) if files else None
+
+
+def collect(workdir: Path, names=()) -> dict[str, list[dict]]:
+    """{group: [evaluation of each seed]} in the order of `names`, or of the folders found."""
+    if not names:
+        found = {p.parent.parent for p in workdir.rglob("eval/*.json")} - {workdir}
+        names = sorted((str(p.relative_to(workdir)) for p in found), key=_natural)
+    groups: dict[str, list[dict]] = {}
+    for name in names:
+        evaluation = newest(workdir / name)
+        if evaluation is None:
+            raise FileNotFoundError(f"report: run {name!r} in {workdir} has no eval/<step>.json")
+        groups.setdefault(re.sub(r"/seed[^/]*$", "", name), []).append(evaluation)
+    if not groups:
+        raise FileNotFoundError(f"report: no run in {workdir} has an eval/<step>.json")
+    return groups
+
+
+def _natural(text: str):
+    """Sort key that orders numbers inside names by value."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [(0, float(p), "") if i % 2 else (1, 0.0, p) for i, p in enumerate(parts)]
+
+
+def _is_reference(key: str) -> bool:
+    return any(key.endswith(f"_{suffix}") for suffix in REFERENCES)
+
+
+def _columns(groups, wanted) -> list[str]:
+    runs = [run for seeds in groups.values() for run in seeds]
+    common = [k for k in runs[0] if all(k in run for run in runs) and k != "step"]
+    missing = [k for k in wanted if k not in common]
+    if missing:
+        raise ValueError(
+            f"config.evaluation.table.metrics={missing[0]!r}: runs have {', '.join(common)}"
+        )
+    usual = [k for k in common if not _is_reference(k) and not k.endswith("/seconds")]
+    return list(wanted) or usual[:SHOWN]
+
+
+def _summary(seeds: list[dict], key: str) -> dict:
+    values = [float(run[key]) for run in seeds]
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": spread, "n": len(values), "values": values}
+
+
+def _markdown(title, columns, summary, levels, seeds) -> str:
+    def cell(s):
+        return f"{s['mean']:.4g}" + ("" if s["std"] is None else f" ± {s['std']:.2g}")
+
+    rows = [f"# {title}", "", "Mean ± standard deviation over seeds.", ""]
+    rows += ["| run | seeds | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
+    for group, metrics in summary.items():
+        cells = " | ".join(cell(metrics[c]) for c in columns)
+        rows.append(f"| {group} | {seeds[group]} | {cells} |")
+    for suffix, values in levels.items():
+        cells = " | ".join(f"{values[c]:.4g}" if c in values else "" for c in columns)
+        rows.append(f"| *{suffix.replace('_', ' ')}* | | {cells} |")
+    return "\n".join(rows) + "\n"
+
+
+def _levels(groups, columns) -> dict[str, dict[str, float]]:
+    """Chance levels and baselines of the columns, averaged over all runs."""
+    runs = [run for seeds in groups.values() for run in seeds]
+    levels: dict[str, dict[str, float]] = {}
+    for suffix in REFERENCES:
+        for column in columns:
+            values = [run[f"{column}_{suffix}"] for run in runs if f"{column}_{suffix}" in run]
+            if values:
+                levels.setdefault(suffix, {})[column] = float(np.mean(values))
+    return levels
+
+
+def _plot(path: Path, title, columns, summary, levels):
+    from matplotlib.figure import Figure
+
+    names = list(summary)
+    across = min(4, len(columns))
+    down = -(-len(columns) // across)
+    figure = Figure(figsize=(3.4 * across, 2.8 * down), layout="constrained")
+    for i, column in enumerate(columns):
+        axes = figure.add_subplot(down, across, i + 1)
+        cells = [summary[name][column] for name in names]
+        axes.errorbar(
+            range(len(names)), [c["mean"] for c in cells], [c["std"] or 0.0 for c in cells],
+            marker="o", capsize=3,
+        )  # fmt: skip
+        for x, c in enumerate(cells):
+            axes.plot([x] * c["n"], c["values"], ".", color="grey", alpha=0.6)
+        for suffix, values in levels.items():
+            if column in values:
+                axes.axhline(values[column], ls=":", color="tab:red", label=suffix)
+                axes.legend(fontsize=7)
+        axes.set_title(column, fontsize=9)
+        axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def build(config):
+    """Evaluator without a model: reads the runs below workdir and writes the report."""
+    options = config.evaluation.table
+    names = tuple(run[0] for run in config.runs)
+
+    def evaluate(model, params, *, step, rng, workdir):
+        workdir = Path(workdir)
+        groups = collect(workdir, names)
+        columns = _columns(groups, options.metrics)
+        summary = {g: {c: _summary(s, c) for c in columns} for g, s in groups.items()}
+        levels = _levels(groups, columns)
+        seeds = {group: len(runs) for group, runs in groups.items()}
+        title = options.title or workdir.name
+        report = _markdown(title, columns, summary, levels, seeds)
+        (workdir / "report.md").write_text(report)
+        write_json(workdir / "report.json", {"groups": summary, "levels": levels})
+        _plot(workdir / "report.png", title, columns, summary, levels)
+        print(report, flush=True)
+        return {"groups": float(len(groups)), "runs": float(sum(seeds.values()))}
+
+    return evaluate
