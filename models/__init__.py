@@ -1,5 +1,6 @@
 """Models: pure functions behind one seam. MODELS maps a name to a builder that takes the config."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,19 @@ class Model(NamedTuple):
     predict: Mapping[str, Callable[..., Any]]
     batches: Mapping[str, Mapping[str, Any]]
     weights: Any = None
+
+
+def sized(sizes: Mapping[str, Any], node, key: str):
+    """config node with `size` and any overriding fields -> frozen dataclass out of a SIZES table."""
+    fields = dict(node)
+    size = fields.pop("size")
+    if size not in sizes:
+        raise ValueError(f"config.{key}.size={size!r}: allowed are {', '.join(sizes)}")
+    allowed = [f.name for f in dataclasses.fields(sizes[size])]
+    for name in fields:
+        if name not in allowed:
+            raise ValueError(f"config.{key}.{name}: allowed are size, {', '.join(allowed)}")
+    return dataclasses.replace(sizes[size], **fields)
 
 
 def _unifluid(config):

@@ -1,0 +1,563 @@
+"""UniFluid (arXiv 2503.13436): one decoder writes text and continuous image tokens.
+
+Generation:    [prompt] [BOI] [v_1 ... v_{N-1}]; the hidden state at BOI predicts v_1, the one at
+               v_k predicts v_{k+1}, through a diffusion head (MAR's DiffLoss, arXiv 2406.11838).
+Understanding: [SigLIP tokens] [BOS question sep] [answer EOS], next-token cross-entropy.
+Loss:          L = L_visual + lam * L_text.
+
+Prefixes are bidirectional, everything after is causal (PaliGemma's prefix-LM). In random order a
+causal model must be told which position it fills next, so the input at which v_{o_{k+1}} is
+predicted carries P_next[o_{k+1}] beside its own P_self[o_k] (RAR, arXiv 2411.00776).
+No code was published; choices the paper leaves open are config fields (docs/results/uniflud.md).
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels.attention import MaskSpec
+from models import Model, sized
+from models.blocks import diffusion_head as dh
+from models.blocks.decoder import SIZES as DECODERS
+from models.blocks.decoder import Decoder, DecoderConfig, init_cache
+from models.blocks.losses import chunked_cross_entropy, token_nll
+from models.blocks.vit import SIZES as VITS
+from models.blocks.vit import ViT, ViTConfig
+from models.tokenizers import kl_vae
+
+BOI = 3  # the reserved vocabulary row of the begin-of-image token
+ORDERS = ("random", "raster", "rar_anneal")
+ORDER_POS = ("next+self", "next", "self", "instr_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class UniFluidConfig:
+    """Sizes and choices; `tokens` image tokens of `channels` numbers each make one picture."""
+
+    decoder: DecoderConfig
+    vit: ViTConfig
+    vae: kl_vae.KLVAEConfig
+    head: dh.HeadConfig
+    tokens: int
+    channels: int
+    lam: float
+    order: str
+    anneal: tuple[int, int]  # rar_anneal: random until the first step, raster from the second
+    order_pos: str
+    prompt_bidirectional: bool
+    cfg_drop: float
+    cfg_null: str
+    diffusion_mul: int
+    vb_weight: float
+    discretised_t0: bool
+    loss_norm: str
+    pos_std: float
+    vit_zero_init: bool
+    edit_source: str
+
+    @property
+    def group(self) -> int:
+        """Inputs fed per image token: two when position-instruction tokens are interleaved."""
+        return 2 if self.order_pos == "instr_tokens" else 1
+
+
+def draw_orders(
+    keys, tokens: int, order: str, random_share: Float[Array, ""] | float = 1.0
+) -> Int[Array, "b n"]:
+    """One permutation of the raster positions per row; `random_share` of the rows are random."""
+    raster = jnp.arange(tokens, dtype=jnp.int32)
+    if order == "raster":
+        return jnp.broadcast_to(raster, (keys.shape[0], tokens))
+
+    def one(key):
+        shuffle, coin = jax.random.split(key)
+        permuted = jax.random.permutation(shuffle, raster)
+        return jnp.where(jax.random.uniform(coin) < random_share, permuted, raster)
+
+    return jax.vmap(one)(keys)
+
+
+def random_share(cfg: UniFluidConfig, step) -> Float[Array, ""] | float:
+    """RAR's annealing: 1 before anneal[0], 0 from anneal[1] on, linear between."""
+    if cfg.order != "rar_anneal":
+        return 1.0
+    start, end = cfg.anneal
+    return jnp.clip((end - step) / max(end - start, 1), 0.0, 1.0)
+
+
+class UniFluid(nn.Module):
+    """The trainable part: Gemma decoder, SigLIP tower, visual embeddings, diffusion head."""
+
+    cfg: UniFluidConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+
+    def setup(self):
+        cfg, width = self.cfg, self.cfg.decoder.width
+        self.decoder = Decoder(cfg.decoder, self.dtype, self.remat)
+        self.vit = ViT(cfg.vit, self.dtype, self.remat)
+        zero_or_fan_in = (
+            nn.initializers.zeros if cfg.vit_zero_init else nn.initializers.lecun_normal()
+        )
+        self.vit_proj = self._dense(width, zero_or_fan_in)
+        self.visual_in = self._dense(width, nn.initializers.lecun_normal())
+        table = nn.with_logical_partitioning(
+            nn.initializers.normal(cfg.pos_std), ("positions", "embed")
+        )
+        self.pos_self = self.param("pos_self", table, (cfg.tokens, width), jnp.float32)
+        self.pos_next = self.param("pos_next", table, (cfg.tokens, width), jnp.float32)
+        null = nn.with_logical_partitioning(nn.initializers.normal(cfg.pos_std), ("embed",))
+        self.null = self.param("null", null, (width,), jnp.float32)
+        self.head = dh.DiffusionHead(cfg.head, self.dtype, unroll=self.remat == "none")
+
+    def _dense(self, features, kernel_init):
+        return nn.Dense(
+            features,
+            dtype=self.dtype,
+            kernel_init=nn.with_logical_partitioning(kernel_init, ("width_in", "embed")),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+        )
+
+    def encode_image(self, image) -> Float[Array, "b m d"]:
+        """uint8 pictures [b, s, s, 3] -> SigLIP tokens in the decoder's width, unscaled."""
+        return self.vit_proj(self.vit(image.astype(jnp.float32) / 127.5 - 1.0))
+
+    def text(self, tokens: Int[Array, "b t"], null=None) -> Float[Array, "b t d"]:
+        """Token embeddings; rows where `null` is set become the learned null token."""
+        x = self.decoder.embed(tokens)
+        if null is not None and self.cfg.cfg_null == "learned":
+            x = jnp.where(null[:, None, None], self.null.astype(x.dtype), x)
+        return x
+
+    def source(self, image, tokens) -> Float[Array, "b s d"]:
+        """Editing prefix: the source picture as SigLIP tokens and/or raster VAE tokens."""
+        parts = []
+        if self.cfg.edit_source in ("siglip", "both"):
+            parts.append(self.encode_image(image))
+        if self.cfg.edit_source in ("vae", "both"):
+            parts.append(self.visual_in(tokens.astype(self.dtype)) + self._row(self.pos_self))
+        return jnp.concatenate(parts, axis=1)
+
+    def _row(self, table, index=None):
+        return (table if index is None else table[index]).astype(self.dtype)
+
+    def _next(self, x, index) -> Float[Array, "b n g d"]:
+        """Tell the inputs x [b, n, d] that position `index` [b, n] comes next."""
+        match self.cfg.order_pos:
+            case "instr_tokens":
+                return jnp.stack([x, self._row(self.pos_next, index)], axis=2)
+            case "self":
+                return x[:, :, None]
+            case _:
+                return (x + self._row(self.pos_next, index))[:, :, None]
+
+    def start(self, next_index: Int[Array, "b"]) -> Float[Array, "b g d"]:
+        """The input(s) at which the first image token is predicted: BOI + P_next[o_1]."""
+        boi = self.decoder.embed(jnp.full((next_index.shape[0], 1), BOI, jnp.int32))
+        return self._next(boi, next_index[:, None])[:, 0]
+
+    def visual(
+        self,
+        v: Float[Array, "b n c"],
+        self_index: Int[Array, "b n"],
+        next_index: Int[Array, "b n"],
+    ) -> Float[Array, "b n g d"]:
+        """Image tokens as inputs: W_in v + P_self[o_k], and P_next[o_{k+1}]."""
+        x = self.visual_in(v.astype(self.dtype))
+        if self.cfg.order_pos != "next":
+            x = x + self._row(self.pos_self, self_index)
+        return self._next(x, next_index)
+
+    def trunk(self, x, mask, positions, cache=None, lengths=None):
+        """Inputs [b, t, d] -> (final-normed hidden states [b, t, d], cache)."""
+        return self.decoder(x, mask, positions, cache, lengths)
+
+    def logits(self, hidden):
+        """Hidden states -> fp32 logits over the vocabulary (tied table, final soft-cap)."""
+        return self.decoder.logits(hidden)
+
+    def __call__(self, image, tokens):
+        """Touches every parameter once; used for initialisation only."""
+        rows = tokens.shape[0]
+        x = jnp.concatenate([self.encode_image(image), self.text(tokens)], axis=1)
+        first = jnp.zeros((rows,), jnp.int32)
+        v = jnp.zeros((rows, 1, self.cfg.channels))
+        visual = self.visual(v, first[:, None], first[:, None])[:, 0]
+        x = jnp.concatenate([x, self.start(first), visual], axis=1)
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        hidden, _ = self.trunk(x, MaskSpec(causal=True), positions)
+        return self.head(v[:, 0], first, hidden[:, -1]), self.logits(hidden[:, -1:])
+
+
+# ---------------------------------------------------------------- the two training sequences
+
+
+def _apply(net: UniFluid, params, method, *args):
+    """Run one method of the module on the trainable part of the parameters."""
+    own = {k: v for k, v in params.items() if k != "vae"}
+    return net.apply({"params": own}, *args, method=method)
+
+
+def head(net: UniFluid, params) -> dh.Head:
+    """The diffusion head on plain parameters."""
+    unroll = net.remat == "none"
+    return dh.bind(params["head"], net.cfg.head, dtype=net.dtype, unroll=unroll)
+
+
+def generation_prefix(net: UniFluid, params, tokens, length, *, source=None, drop=None):
+    """Prefix of a picture: (inputs [b, s, d], valid [b, s]). `drop` rows lose their prompt."""
+    cfg = net.cfg
+    if drop is not None:
+        length = jnp.where(drop, 1 if cfg.cfg_null == "learned" else 0, length)
+    x = _apply(net, params, "text", tokens, drop)
+    valid = jnp.arange(tokens.shape[1]) < length[:, None]
+    if source is not None:
+        soft = _apply(net, params, "source", *source)
+        x = jnp.concatenate([soft.astype(x.dtype), x], axis=1)
+        valid = jnp.concatenate([jnp.ones(soft.shape[:2], bool), valid], axis=1)
+    return x, valid
+
+
+def generation_states(net: UniFluid, params, prefix, valid, v, order) -> Float[Array, "b n d"]:
+    """Teacher forcing: z [b, n, d], the state from which token order[k] is predicted."""
+    cfg = net.cfg
+    rows, n = order.shape
+    inputs = [prefix, _apply(net, params, "start", order[:, 0])]
+    if n > 1:
+        x = _apply(net, params, "visual", v[:, :-1], order[:, :-1], order[:, 1:])
+        inputs.append(x.reshape(rows, (n - 1) * cfg.group, -1))
+    length = valid.sum(axis=1)
+    image = length[:, None] + jnp.arange(n * cfg.group)
+    positions = jnp.concatenate([jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0), image], axis=1)
+    mask = MaskSpec(
+        causal=True,
+        prefix_length=length if cfg.prompt_bidirectional else None,
+        q_positions=positions,
+        kv_positions=positions,
+        kv_valid=jnp.concatenate([valid, jnp.ones_like(image, bool)], axis=1),
+    )
+    hidden, _ = _apply(
+        net, params, "trunk", jnp.concatenate(inputs, axis=1), mask, positions
+    )
+    return hidden[:, prefix.shape[1] + cfg.group - 1 :: cfg.group]
+
+
+def understanding_states(net: UniFluid, params, batch) -> Float[Array, "b t d"]:
+    """Hidden states at the text tokens of [SigLIP] [BOS question sep] [answer EOS]."""
+    soft = _apply(net, params, "encode_image", batch["und_image"])
+    text = _apply(net, params, "text", batch["und_tokens"])
+    x = jnp.concatenate([soft.astype(text.dtype), text], axis=1)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    mask = MaskSpec(
+        causal=True,
+        prefix_length=soft.shape[1] + batch["und_prefix"],
+        q_positions=positions,
+        kv_positions=positions,
+        kv_valid=positions < soft.shape[1] + batch["und_length"][:, None],
+    )
+    hidden, _ = _apply(net, params, "trunk", x, mask, positions)
+    return hidden[:, soft.shape[1] :]
+
+
+def answer_weights(batch) -> Float[Array, "b t"]:
+    """1 where the state at t predicts an answer token (the last prefix token up to EOS)."""
+    t = jnp.arange(batch["und_tokens"].shape[1])
+    first, end = batch["und_prefix"][:, None] - 1, batch["und_length"][:, None] - 1
+    return ((t >= first) & (t < end)).astype(jnp.float32)
+
+
+def next_tokens(batch) -> Int[Array, "b t"]:
+    """The token that follows each text position."""
+    return jnp.pad(batch["und_tokens"][:, 1:], ((0, 0), (0, 1)))
+
+
+def output_table(net: UniFluid, params) -> Float[Array, "v d"]:
+    """Rows the final states are scored against."""
+    return params["decoder"]["embedding" if net.cfg.decoder.tie else "head"]
+
+
+# ---------------------------------------------------------------- the losses
+
+
+def normalised_tokens(cfg: UniFluidConfig, vae, z: Float[Array, "b h w z"]):
+    """VAE latents -> unit-variance tokens [b, n, c] in raster order."""
+    return kl_vae.tokens_from_latents(kl_vae.normalise(z, vae["latents"]), cfg.vae.patch)
+
+
+def image_tokens(cfg: UniFluidConfig, params, batch, keys, name="gen") -> Float[Array, "b n c"]:
+    """Clean tokens v of a batch: fresh posterior noise every step, then normalisation."""
+    vae = params["vae"]
+    moments = batch.get(f"{name}_moments")
+    if moments is None:
+        pixels = batch[f"{name}_image"].astype(jnp.float32) / 127.5 - 1.0
+        moments = kl_vae.encode(vae, cfg.vae, pixels)
+    z = kl_vae.sample_posterior(moments, keys)
+    return jax.lax.stop_gradient(normalised_tokens(cfg, vae, z))
+
+
+def visual_loss(net: UniFluid, params, batch, keys, step):
+    """Sums over examples and tokens, mean over repeats: (mse, variational bound)."""
+    cfg = net.cfg
+    draw = jax.vmap(lambda key: jax.random.split(key, 4))(keys)
+    v = image_tokens(cfg, params, batch, draw[:, 0])
+    order = draw_orders(draw[:, 1], cfg.tokens, cfg.order, random_share(cfg, step))
+    drop = jax.vmap(jax.random.uniform)(draw[:, 2]) < cfg.cfg_drop
+    v = jnp.take_along_axis(v, order[:, :, None], axis=1)
+    source = None
+    if "gen_source_image" in batch:
+        clean = jax.vmap(lambda key: jax.random.fold_in(key, 0))(draw[:, 0])
+        source = (batch["gen_source_image"], image_tokens(cfg, params, batch, clean, "gen_source"))
+    prefix, valid = generation_prefix(
+        net, params, batch["gen_tokens"], batch["gen_length"], source=source, drop=drop
+    )
+    z = generation_states(net, params, prefix, valid, v, order)
+    shape = (cfg.diffusion_mul, *v.shape[1:])
+
+    def noise(key):
+        t_key, eps_key = jax.random.split(key)
+        t = jax.random.randint(t_key, shape[:2], 0, 1000)
+        return t, jax.random.normal(eps_key, shape)
+
+    t, eps = jax.vmap(noise, out_axes=1)(draw[:, 3])  # [mul, b, n], [mul, b, n, c]
+    mse, vb = dh.loss(head(net, params), v, z, t, eps, discretised_t0=cfg.discretised_t0)
+    return mse.sum() / cfg.diffusion_mul, vb.sum() / cfg.diffusion_mul
+
+
+def text_loss(net: UniFluid, params, batch, weights):
+    """Weighted sums over the answers of one batch: (nll, correct), without [b, t, V] logits."""
+    hidden = understanding_states(net, params, batch)
+    return chunked_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        output_table(net, params),
+        next_tokens(batch).reshape(-1),
+        weights.reshape(-1),
+        softcap=net.cfg.decoder.final_softcap,
+    )
+
+
+def norms(cfg: UniFluidConfig, batch) -> dict[str, Float[Array, ""]]:
+    """Denominators over the whole global batch; 1 where a kind of example is absent."""
+    weights = answer_weights(batch)
+    text = (weights.sum(1) > 0).sum() if cfg.loss_norm == "per_example" else weights.sum()
+    visual = batch["gen_tokens"].shape[0] * cfg.tokens
+    return {"visual": jnp.float32(max(visual, 1)), "text": jnp.maximum(text, 1).astype(jnp.float32)}
+
+
+def loss(net: UniFluid, params, extra, batch, rng, *, step, norms):
+    """L_visual + lam * L_text, each a sum over the batch divided by its own norm."""
+    cfg = net.cfg
+    keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(batch["example"])
+    mse = vb = nll = correct = jnp.float32(0)
+    if rows := batch["gen_tokens"].shape[0]:
+        mse, vb = visual_loss(net, params, batch, keys[:rows], step)
+    if batch["und_tokens"].shape[0]:
+        weights = answer_weights(batch)
+        if cfg.loss_norm == "per_example":
+            weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1)
+        nll, correct = text_loss(net, params, batch, weights)
+    visual = (mse + cfg.vb_weight * vb) / norms["visual"]
+    text = nll / norms["text"]
+    total = visual + cfg.lam * text
+    metrics = {
+        "loss": total,
+        "mse": mse / norms["visual"],
+        "vb": vb / norms["visual"],
+        "text": text,
+        "text_accuracy": correct / norms["text"],
+    }
+    return total, (metrics, extra)
+
+
+# ---------------------------------------------------------------- what samplers call
+
+
+def text_nll(net: UniFluid, params, batch) -> dict[str, Float[Array, "b"]]:
+    """Sums per example over the answer tokens: nll (nats), correct, count."""
+    hidden = understanding_states(net, params, batch)
+    weights = answer_weights(batch)
+    nll, correct = token_nll(
+        hidden.reshape(-1, hidden.shape[-1]),
+        output_table(net, params),
+        next_tokens(batch).reshape(-1),
+        softcap=net.cfg.decoder.final_softcap,
+    )
+    nll, correct = nll.reshape(weights.shape), correct.reshape(weights.shape)
+    return {
+        "nll": (nll * weights).sum(1),
+        "correct": (correct * weights).sum(1),
+        "count": weights.sum(1),
+    }
+
+
+def prefill(net: UniFluid, params, x, valid, cache):
+    """Right-padded prefix inputs [b, s, d] -> (state of the last valid one, length, cache)."""
+    length = valid.sum(axis=1)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    mask = MaskSpec(
+        causal=True,
+        prefix_length=length if net.cfg.prompt_bidirectional else None,
+        q_positions=positions,
+        kv_positions=positions,
+        kv_valid=valid,
+    )
+    hidden, cache = _apply(net, params, "trunk", x, mask, positions, cache, length)
+    last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
+    return last, length, cache
+
+
+def extend(net: UniFluid, params, x, pos, cache):
+    """Append inputs [b, g, d] at positions pos.. [b] -> (state of the last one [b, d], cache)."""
+    positions = pos[:, None] + jnp.arange(x.shape[1])
+    hidden, cache = _apply(net, params, "trunk", x, None, positions, cache)
+    return hidden[:, -1], cache
+
+
+def understanding_prefix(net: UniFluid, params, image, tokens, length):
+    """Prefix of an answer: SigLIP tokens, then right-padded BOS question sep."""
+    soft = _apply(net, params, "encode_image", image)
+    text = _apply(net, params, "text", tokens)
+    valid = jnp.arange(tokens.shape[1]) < length[:, None]
+    valid = jnp.concatenate([jnp.ones(soft.shape[:2], bool), valid], axis=1)
+    return jnp.concatenate([soft.astype(text.dtype), text], axis=1), valid
+
+
+def decode_latents(net: UniFluid, params, tokens) -> Float[Array, "b h w 3"]:
+    """Raster image tokens [b, n, c] -> pictures in about [-1, 1]."""
+    vae, cfg = params["vae"], net.cfg
+    z = kl_vae.latents_from_tokens(tokens, cfg.vae.patch)
+    return kl_vae.decode(vae, cfg.vae, kl_vae.denormalise(z, vae["latents"]))
+
+
+def encode_latents(net: UniFluid, params, images) -> Float[Array, "b n c"]:
+    """Pictures in [-1, 1] -> raster image tokens (posterior mean)."""
+    vae, cfg = params["vae"], net.cfg
+    mean = kl_vae.posterior_mean(kl_vae.encode(vae, cfg.vae, images))
+    return normalised_tokens(cfg, vae, mean)
+
+
+def read_config(config) -> UniFluidConfig:
+    """config.model -> UniFluidConfig, with every choice checked."""
+    m = config.model
+    vae = sized(kl_vae.SIZES, m.vae, "model.vae")
+    grid = m.image_size // (vae.stride * vae.patch)
+    if grid * vae.stride * vae.patch != m.image_size:
+        raise ValueError(
+            f"config.model.image_size={m.image_size} must be a multiple of the tokenizer's "
+            f"{vae.stride * vae.patch} pixels per token"
+        )
+    for key, allowed in (
+        ("order", ORDERS),
+        ("order_pos", ORDER_POS),
+        ("cfg_null", ("empty", "learned")),
+        ("loss_norm", ("per_example", "per_token")),
+        ("edit_source", ("siglip", "vae", "both")),
+    ):
+        if m[key] not in allowed:
+            raise ValueError(f"config.model.{key}={m[key]!r}: allowed are {', '.join(allowed)}")
+    decoder = sized(DECODERS, m.decoder, "model.decoder")
+    decoder = dataclasses.replace(decoder, vocab_size=m.vocab_size or decoder.vocab_size)
+    own = {f.name for f in dataclasses.fields(UniFluidConfig)} - {
+        "decoder", "vit", "vae", "head", "tokens", "channels", "anneal"
+    }  # fmt: skip
+    return UniFluidConfig(
+        decoder=decoder,
+        vit=sized(VITS, m.vit, "model.vit"),
+        vae=vae,
+        head=dh.HeadConfig(
+            width=m.head.width, depth=m.head.depth, channels=vae.channels, cond=decoder.width
+        ),
+        tokens=grid * grid,
+        channels=vae.channels,
+        anneal=tuple(m.anneal),
+        **{name: m[name] for name in own},
+    )
+
+
+def batch_spec(config, cfg: UniFluidConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """One global mixed batch: generation rows (gen_*) and understanding rows (und_*)."""
+    d, m = config.data, config.model
+    mix = d.mix.t2i + d.mix.caption + d.mix.vqa
+    gen = round(config.batch_size * d.mix.t2i / mix)
+    und = config.batch_size - gen
+    side = m.image_size // cfg.vae.stride
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    def pixels(rows, size):
+        return jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
+
+    moments = jax.ShapeDtypeStruct((gen, side, side, 2 * cfg.vae.z), jnp.float32)
+    spec = {
+        "gen_tokens": ints(gen, d.prompt_length),
+        "gen_length": ints(gen),
+        "und_image": pixels(und, cfg.vit.image_size),
+        "und_tokens": ints(und, d.text_length),
+        "und_prefix": ints(und),
+        "und_length": ints(und),
+    }
+    names = ("gen", "gen_source") if d.edit else ("gen",)
+    for name in names:
+        if d.latents:
+            spec[f"{name}_moments"] = moments
+        else:
+            spec[f"{name}_image"] = pixels(gen, m.image_size)
+    if d.edit:
+        spec["gen_source_image"] = pixels(gen, cfg.vit.image_size)
+    return spec
+
+
+def build(config) -> Model:
+    """The flagship behind the seam of models/__init__.py."""
+    cfg = read_config(config)
+    net = UniFluid(cfg, jnp.dtype(config.precision), config.remat)
+
+    def init(rng):
+        own, vae = jax.random.split(rng)
+        size = cfg.vit.image_size
+        image, tokens = jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, 1), jnp.int32)
+        return {**net.init(own, image, tokens)["params"], "vae": kl_vae.init(vae, cfg.vae)}, {}
+
+    def init_caches(batch, max_len):
+        return init_cache(cfg.decoder, batch, max_len, jnp.dtype(config.precision))
+
+    def logits(params, batch):
+        hidden = understanding_states(net, params, batch)
+        return _apply(net, params, "logits", hidden)
+
+    def bind(function):
+        return functools.partial(function, net)
+
+    def method(name):
+        return lambda params, *args: _apply(net, params, name, *args)
+
+    predict = {
+        "text_nll": bind(text_nll),
+        "logits": logits,
+        "init_cache": init_caches,
+        "prefill": bind(prefill),
+        "extend": bind(extend),
+        "generation_prefix": bind(generation_prefix),
+        "generation_states": bind(generation_states),
+        "understanding_prefix": bind(understanding_prefix),
+        "decode_latents": bind(decode_latents),
+        "encode_latents": bind(encode_latents),
+        "text": method("text"),
+        "to_logits": method("logits"),
+        "start": method("start"),
+        "visual": method("visual"),
+        "head": bind(head),
+        "draw_orders": lambda keys, order: draw_orders(keys, cfg.tokens, order),
+    }
+    return Model(
+        init=init,
+        loss=functools.partial(loss, net),
+        norms=functools.partial(norms, cfg),
+        predict=predict,
+        batches={"image_text": batch_spec(config, cfg)},
+        weights=None,
+    )
