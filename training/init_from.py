@@ -1,0 +1,63 @@
+"""config.init_from: parameters taken from published weights or from another run's checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from export import weights as weights_lib
+from training.sharding import place
+
+
+def load(config, model, params: Any) -> dict[str, jax.Array]:
+    """{path: array} to put over the initial parameters; `params` are abstract with shardings."""
+    loaded: dict[str, jax.Array] = {}
+    for name, source in parse(config.init_from).items():
+        target, weight_map, prefix = params, model.weights, ""
+        if name:
+            if name not in params:
+                raise ValueError(
+                    f"config.init_from={config.init_from!r}: the model has no part {name!r}; "
+                    f"its parts are {', '.join(params)}"
+                )
+            target, prefix = params[name], name + "/"
+            parts = getattr(weight_map, "parts", {}) or {}
+            weight_map = parts.get(name)
+        for path, value in _read(source, weight_map, target, config.init_from).items():
+            loaded[prefix + path] = value
+    return loaded
+
+
+def parse(text: str) -> dict[str, str]:
+    """'vae=A,gemma=B' -> {'vae': 'A', 'gemma': 'B'}; 'A' -> {'': 'A'}."""
+    entries = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, source = part.partition("=")
+        if not equals:
+            name, source = "", part
+        if name in entries or not source:
+            raise ValueError(f"config.init_from={text!r} must be DIR or name=DIR[,name=DIR...]")
+        entries[name] = source
+    return entries
+
+
+def _read(source: str, weight_map, target: Any, setting: str) -> dict[str, jax.Array]:
+    """{path below target: array} from a file or folder of weights, or a workdir of ours."""
+    path = Path(source).expanduser()
+    root = Path(__file__).resolve().parents[1]
+    if not path.exists() and (root / source).exists():
+        path = root / source
+    if (path / "checkpoints").is_dir():
+        from training.checkpoint import load_params
+
+        return load_params(path, target)
+    if not path.exists():
+        raise FileNotFoundError(f"config.init_from={setting!r}: {source} does not exist")
+    if weight_map is None:
+        weight_map = weights_lib.flat_map(target)
+    tensors = weights_lib.load_safetensors(path)
+    tree = weights_lib.from_published(tensors, weight_map, target)
+    flat = weights_lib.flatten(tree)
+    shardings = {k: v.sharding for k, v in weights_lib.flatten(target).items()}
+    return {k: place(np.asarray(v), shardings[k]) for k, v in flat.items()}

@@ -1,0 +1,60 @@
+"""What must be decided before jax is imported, and right after: devices, hosts, compile cache."""
+
+import glob
+import os
+import sys
+from pathlib import Path
+
+NVIDIA = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/gpus/*")
+AMD = ("/dev/kfd",)
+TPU = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+
+
+def accelerators() -> list[str]:
+    """Kinds of accelerator this machine shows, by device files; nothing is imported."""
+    kinds = {"tpu": TPU, "cuda": NVIDIA, "rocm": AMD}
+    found = [kind for kind, files in kinds.items() if any(glob.glob(f) for f in files)]
+    if "tpu" not in found and os.environ.get("TPU_WORKER_HOSTNAMES"):
+        found.append("tpu")
+    return found
+
+
+def before_jax() -> None:
+    """Environment for a quiet start: the CPU, without a word, where there is no accelerator.
+
+    libtpu and CUDA plug-ins may be installed for ahead-of-time compilation; jax would try them
+    and complain at length.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if "JAX_PLATFORMS" not in os.environ and sys.platform != "darwin" and not accelerators():
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    cache = Path.home() / ".cache" / "uniflud" / "jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def join_hosts() -> None:
+    """jax.distributed.initialize() when the environment describes several processes."""
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        import jax
+
+        try:
+            count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"JAX_COORDINATOR_ADDRESS={env['JAX_COORDINATOR_ADDRESS']} also needs the integers "
+                "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            ) from error
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], count, index)
+    elif (
+        int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+    ):
+        import jax
+
+        jax.distributed.initialize()  # jax reads the rest from the cluster's own variables

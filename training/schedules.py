@@ -1,0 +1,92 @@
+"""Learning-rate schedules: step -> lr, chosen by config.schedule.name."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+NAMES = ("constant", "cosine", "wsd", "exp_linear", "piecewise")
+
+
+def make_schedule(config) -> Callable:
+    """step (int array, 0-based) -> learning rate (float32), peak config.optimizer.lr.
+
+    The warm-up takes `warmup` steps: step s uses peak * (s + 1) / warmup.
+    """
+    peak, total, s = config.optimizer.lr, config.steps, config.schedule
+    if s.warmup < 0 or s.decay < 0 or s.warmup + s.decay > max(total, 1):
+        raise ValueError(
+            f"config.schedule.warmup={s.warmup} + config.schedule.decay={s.decay} must lie "
+            f"between 0 and config.steps={total}"
+        )
+    shape = _shape(s, total)
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        warm = jnp.minimum((step + 1) / max(s.warmup, 1), 1.0)
+        return peak * jnp.where(step < s.warmup, warm, shape(step))
+
+    return schedule
+
+
+def _shape(s, total: int) -> Callable:
+    """step -> lr over peak, after the warm-up."""
+    # The last update runs at step total - 1; `final` is reached there.
+    last = max(total - 1, 1)
+    match s.name:
+        case "constant":
+            return lambda step: jnp.ones_like(step)
+        case "cosine":
+
+            def cosine(step):
+                x = jnp.clip((step - s.warmup) / max(last - s.warmup, 1), 0.0, 1.0)
+                return s.final + (1 - s.final) * 0.5 * (1 + jnp.cos(jnp.pi * x))
+
+            return cosine
+        case "wsd":
+            return _wsd(s, last)
+        case "exp_linear":
+
+            def exp_linear(step):
+                # xLSTM-7B: rate^(step / rate_steps), then from there linearly to zero.
+                start = total - s.decay
+                level = s.rate ** (jnp.minimum(step, start) / s.rate_steps)
+                return level * jnp.clip((total - step) / max(s.decay, 1), 0.0, 1.0)
+
+            return exp_linear
+        case "piecewise":
+            if len(s.boundaries) != len(s.factors):
+                raise ValueError(
+                    f"config.schedule.boundaries={s.boundaries} and factors={s.factors} must "
+                    "have the same length"
+                )
+
+            def piecewise(step):
+                level = jnp.ones_like(step)
+                for boundary, factor in zip(s.boundaries, s.factors, strict=True):
+                    level = jnp.where(step >= boundary, factor, level)
+                return level
+
+            return piecewise
+        case other:
+            raise ValueError(f"config.schedule.name={other!r} must be one of {', '.join(NAMES)}")
+
+
+def _wsd(s, last: int) -> Callable:
+    """Warm-up, stable, decay over the last s.decay steps by s.shape."""
+    match s.shape:
+        case "linear":
+            fall = lambda x: 1 - (1 - s.final) * x  # noqa: E731
+        case "exponential":
+            if s.final <= 0:
+                raise ValueError(
+                    f"config.schedule.final={s.final} must be > 0 when shape is exponential"
+                )
+            fall = lambda x: s.final**x  # noqa: E731
+        case "sqrt":
+            fall = lambda x: 1 - (1 - s.final) * jnp.sqrt(x)  # noqa: E731
+        case other:
+            raise ValueError(
+                f"config.schedule.shape={other!r} must be one of linear, exponential, sqrt"
+            )
+    start = last - s.decay
+    return lambda step: fall(jnp.clip((step - start) / max(s.decay, 1), 0.0, 1.0))

@@ -1,0 +1,75 @@
+"""The train step: one pure function (state, frozen, batch) -> (state, metrics)."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from training import ema as ema_lib
+from training.accumulate import value_and_grad
+from training.state import DATA, Plan, key_for
+
+
+def example_ids(shapes: Mapping[str, tuple[int, ...]], batch_size: int, hosts: int) -> jax.Array:
+    """int32 [B]: the index of each row in the global batch, whatever the number of hosts.
+
+    Hosts take every hosts-th record, so row i of host p is example i * hosts + p. A batch made of
+    parts (keys "gen_...", "und_...") has its examples numbered part after part.
+    """
+    parts: dict[str, int] = {}
+    for key, shape in shapes.items():
+        parts.setdefault(key.partition("_")[0], shape[0])
+    sizes = list(parts.values())
+    if sum(sizes) != batch_size:
+        sizes = [max(sizes)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    rows = [
+        start + jnp.arange(size, dtype=jnp.int32).reshape(-1, hosts).T.reshape(-1)
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+    return jnp.concatenate(rows)
+
+
+def build_train_step(model, objective, plan: Plan, config, *, hosts: int | None = None) -> Callable:
+    """train_step(state, frozen, batch) -> (state, metrics), unjitted; see `jit_train_step`."""
+    hosts = jax.process_count() if hosts is None else hosts
+
+    def train_step(state, frozen, batch):
+        step = state["step"]
+        rng = jax.random.fold_in(key_for(config, DATA), step)
+        if objective.rollout is not None:
+            prompt_rng, rng = jax.random.split(rng)
+            batch = objective.rollout(state, frozen, batch, prompt_rng)
+        shapes = {key: value.shape for key, value in batch.items()}
+        batch = batch | {"example": example_ids(shapes, config.batch_size, hosts)}
+        norms = model.norms(batch)
+
+        def loss(params, extra, micro):
+            return objective.loss(params, frozen, extra, micro, rng, step=step, norms=norms)
+
+        value, metrics, extra, grads = value_and_grad(
+            loss, state["params"], state["extra"], batch, config.accumulate
+        )
+        updates, opt = plan.tx.update(grads, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        metrics = {
+            **metrics,
+            "loss": value,
+            "grad_norm": optax.global_norm(grads),
+            "lr": plan.schedule(step),
+        }
+        new = dict(params=params, extra=extra, opt=opt, step=step + 1)
+        if "ema" in state:
+            new["ema"] = ema_lib.update(
+                state["ema"], params, step, config.ema.decay, config.ema.warmup
+            )
+        return new, metrics
+
+    return train_step
+
+
+def jit_train_step(train_step: Callable, plan: Plan) -> Callable:
+    """Jitted with the state donated and its shardings fixed, so that no step recompiles."""
+    shardings = jax.tree.map(lambda x: x.sharding, plan.state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
