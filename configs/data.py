@@ -1,0 +1,43 @@
+"""Defaults of `config.data`, the only place where they are written down.
+
+Not a training config: `configs/common.py:base()` includes `data_config()`; each system's config
+overrides what it needs. docs/data.md explains every field.
+"""
+
+import ml_collections
+
+LANGUAGES = ("en", "es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
+
+
+def data_config(**overrides) -> ml_collections.ConfigDict:
+    """Returns the data defaults with overrides applied."""
+    config = ml_collections.ConfigDict(
+        dict(
+            name="image_text",  # image_text | images | text
+            source="openmoji+scenes",  # openmoji | scenes | folder, joined with "+"
+            dir="~/.cache/uniflud/data",  # prepared sets; the env var UNIFLUD_CACHE wins
+            path="",  # folder of pictures and captions (source="folder"), or of texts
+            image_size=32,  # side in pixels of the pictures to generate
+            und_size=0,  # side in pixels of the pictures to understand; 0 = image_size
+            categories=("all",),  # OpenMoji groups: people, food, nature, travel, ...
+            skin_tones=True,  # False leaves out the 2,035 variants by skin tone
+            langs=LANGUAGES,  # caption languages; one is drawn per picture and epoch
+            scenes=4000,  # training scenes; validation and test have a tenth each
+            scene_glyphs=100,  # different glyphs that scenes may show; 0 = all that fit
+            edit=False,  # pictures to generate become edits of a source picture
+            tokenizer="",  # tokenizer.json to use; "" trains one of vocab_size and keeps it
+            vocab_size=4096,
+            prompt_length=32,  # tokens, BOS included
+            text_length=48,  # tokens of question, answer and the three marks
+            mix=dict(t2i=2.0, caption=1.0, vqa=1.0),  # weights of the tasks in a batch
+            latents="",  # weights of a VAE: gen_moments instead of gen_image
+            flip=False,  # mirror pictures at random (images only)
+            max_unreadable=10,  # more unreadable files or records than this is an error
+            cache_mb=1024,  # decoded pictures kept in memory; larger sets decode on the fly
+            prefetch=4,  # batches made ahead by one thread; 0 = none
+            text="stdlib",  # stdlib | docs | captions | folder (name="text")
+            length=256,  # tokens per packed window (name="text")
+        )
+    )
+    config.update(overrides)
+    return config

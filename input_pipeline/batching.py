@@ -1,0 +1,73 @@
+"""What all data sets share: endless shuffled batches of indices, this process's rows, prefetch.
+
+Grain carries indices only; pictures and tokens are gathered a batch at a time. Every process
+draws the indices and random numbers of the whole global batch and gathers its own rows, so a
+batch is the same on 1 and on 1,000 processes, and a run may resume on another number of them.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+
+def share(rows: int, process_index: int, process_count: int, what: str) -> slice:
+    """The rows of a global batch that belong to a process."""
+    if rows % process_count:
+        raise ValueError(
+            f"{what} gives {rows} rows per batch, which {process_count} processes cannot share "
+            "equally; change config.batch_size"
+        )
+    local = rows // process_count
+    return slice(process_index * local, (process_index + 1) * local)
+
+
+def index_batches(count: int, batch: int, seed: int) -> grain.MapDataset:
+    """Batches int64 [batch] of indices below `count`: each epoch a fresh order of all of them."""
+    ds = grain.MapDataset.range(count).seed(seed).shuffle().repeat(None)
+    return ds.batch(batch, batch_fn=lambda rows: np.array(rows, np.int64))
+
+
+class Prefetched(grain.IterDataset):
+    """Batches made ahead by one thread; remembers its iterators so that they can be closed."""
+
+    def __init__(self, dataset: grain.MapDataset, prefetch: int):
+        options = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
+        self._inner = dataset.to_iter_dataset(options)
+        super().__init__(self._inner)
+        self._open: weakref.WeakSet = weakref.WeakSet()
+
+    def __iter__(self) -> grain.DatasetIterator:
+        iterator = iter(self._inner)
+        self._open.add(iterator)
+        return iterator
+
+    def __str__(self) -> str:
+        return f"Prefetched({self._inner})"
+
+    def close(self) -> None:
+        """Stops the threads of every iterator still alive."""
+        for iterator in list(self._open):
+            iterator.close()
+
+
+def assemble(
+    parts: Mapping[str, grain.MapDataset],
+    make: Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]],
+    *,
+    seed: int,
+    prefetch: int,
+) -> Prefetched:
+    """Batches `make({name: indices}, rng)`; rng depends on the seed and the batch number only."""
+    names = list(parts)
+    shortest = min(map(len, parts.values()))  # all are astronomically long, but must be equal
+    zipped = grain.experimental.ZipMapDataset([part[:shortest] for part in parts.values()])
+    ds = zipped.seed(seed).random_map(lambda got, rng: make(dict(zip(names, got)), rng))
+    return Prefetched(ds, prefetch)
+
+
+def describe(batch: Mapping[str, Any]) -> str:
+    """One line that names every array of a batch with its type and shape."""
+    return ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in sorted(batch.items()))

@@ -1,0 +1,170 @@
+"""Data set "image_text": the flagship's mixed batches, generation and understanding rows apart.
+
+Generation rows: gen_tokens int32 [Bg, P], gen_length int32 [Bg] and gen_image uint8 [Bg, H, W, 3]
+or gen_moments float32 [Bg, h, w, 2z]. Understanding rows: und_image uint8 [Bu, S, S, 3],
+und_tokens int32 [Bu, T], und_prefix and und_length int32 [Bu]; caption rows come before question
+rows. config.data.edit adds source_image or source_moments, and the prompt is the instruction.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from input_pipeline import Pipeline, batching, edits, latents, layout, sources, store, tokenizers
+from input_pipeline.examples import Examples
+from input_pipeline.layout import encode_answered, encode_prompt, encode_question
+
+__all__ = ["build", "encode_answered", "encode_prompt", "encode_question", "rows"]
+
+
+class Rows(NamedTuple):
+    """How many rows of the global batch each task has."""
+
+    t2i: int
+    caption: int
+    vqa: int
+
+
+def rows(config) -> Rows:
+    """config.batch_size split by config.data.mix: generation rounded first, then captions."""
+    mix = config.data.mix
+    weights = (mix.t2i, mix.caption, mix.vqa)
+    if min(weights) < 0 or not sum(weights):
+        raise ValueError(f"config.data.mix={weights}: weights are >= 0 and not all 0")
+    t2i = round(config.batch_size * mix.t2i / sum(weights))
+    und = config.batch_size - t2i
+    caption = round(und * mix.caption / (mix.caption + mix.vqa)) if und else 0
+    return Rows(t2i, caption, und - caption)
+
+
+class _Texts:
+    """Token rows by text, each encoded once; counts the texts that had to be cut."""
+
+    def __init__(self, tokenizer, data, counts: dict[str, int]):
+        self._tokenizer, self._data, self._counts = tokenizer, data, counts
+        self._prompts: dict[str, layout.Prompt] = {}
+        self._answered: dict[tuple[str, str], layout.Answered] = {}
+
+    def _count(self, row) -> None:
+        if row.truncated:
+            self._counts["truncated"] = self._counts.get("truncated", 0) + 1
+
+    def prompt(self, caption: str) -> layout.Prompt:
+        if (row := self._prompts.get(caption)) is None:
+            row = encode_prompt(self._tokenizer, caption, self._data.prompt_length)
+            self._prompts[caption] = row
+            self._count(row)
+        return row
+
+    def answered(self, question: str, answer: str) -> layout.Answered:
+        if (row := self._answered.get((question, answer))) is None:
+            row = encode_answered(self._tokenizer, question, answer, self._data.text_length)
+            self._answered[question, answer] = row
+            self._count(row)
+        return row
+
+
+def _pick(choices, u: float):
+    return choices[int(u * len(choices))]
+
+
+def _stack(found, *names: str) -> list[np.ndarray]:
+    return [np.array([getattr(row, n) for row in found], np.int32) for n in names]
+
+
+def _captioned(found: Examples, langs: tuple[str, ...]) -> tuple[np.ndarray, list[list]]:
+    """Indices of the pictures with a caption in `langs`, and their (lang, caption) pairs."""
+    pairs = [[(k, e.captions[k]) for k in langs if k in e.captions] for e in found.items]
+    kept = [i for i, p in enumerate(pairs) if p]
+    return np.array(kept, np.int64), [pairs[i] for i in kept]
+
+
+def _need(count: int, batch: int, key: str, what: str, data) -> None:
+    if batch and not count:
+        raise ValueError(
+            f"config.data.mix.{key}={data.mix[key]} but source {data.source!r} has no {what}; "
+            "set it to 0 or add a source"
+        )
+
+
+def _generation(data, split: str, texts: _Texts) -> tuple[int, Callable]:
+    """(count, make(indices, u)) of plain text-to-image rows."""
+    found = sources.load(data, split, data.image_size)
+    where, pairs = _captioned(found, tuple(data.langs))
+    moments = latents.moments(data, found, split) if data.latents else None
+
+    def make(chosen: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
+        got = [texts.prompt(_pick(pairs[i], x)[1]) for i, x in zip(chosen, u)]
+        tokens, length = _stack(got, "tokens", "length")
+        out = {"gen_tokens": tokens, "gen_length": length}
+        if moments is None:
+            return out | {"gen_image": found.pictures.gather(where[chosen])}
+        return out | {"gen_moments": moments[where[chosen]]}
+
+    return len(where), make
+
+
+def _understanding(data, split: str, texts: _Texts, counts: dict[str, int]):
+    """(captions, questions, make(caption indices, question indices, u)) of understanding rows."""
+    found = sources.load(data, split, data.und_size or data.image_size)
+    counts.update(found.counts)
+    where, pairs = _captioned(found, tuple(data.langs))
+    asked = np.array([i for i, e in enumerate(found.items) if e.questions], np.int64)
+
+    def make(captions: np.ndarray, questions: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
+        got = []
+        for i, x in zip(captions, u):
+            lang, caption = _pick(pairs[i], x)
+            got.append(texts.answered(layout.caption_question(lang), caption))
+        for i, x in zip(questions, u[len(captions) :]):
+            chosen = _pick(found.items[asked[i]].questions, x)
+            got.append(texts.answered(chosen.question, chosen.answer))
+        tokens, prefix, length = _stack(got, "tokens", "prefix", "length")
+        images = found.pictures.gather(np.concatenate([where[captions], asked[questions]]))
+        return {
+            "und_image": images,
+            "und_tokens": tokens,
+            "und_prefix": prefix,
+            "und_length": length,
+        }
+
+    return len(where), len(asked), make
+
+
+def build(config, *, split: str, seed: int, process_index: int, process_count: int) -> Pipeline:
+    """Endless mixed batches of one split; the same global batch at any number of processes."""
+    store.check_split(split)
+    data, sizes = config.data, rows(config)
+    counts: dict[str, int] = {}
+    tokenizer = tokenizers.load(data)
+    texts = _Texts(tokenizer, data, counts)
+    generate = edits.generation if data.edit else _generation
+    pictures, make_gen = generate(data, split, texts)
+    captions, questions, make_und = _understanding(data, split, texts, counts)
+    _need(pictures, sizes.t2i, "t2i", "captioned picture", data)
+    _need(captions, sizes.caption, "caption", "captioned picture", data)
+    _need(questions, sizes.vqa, "vqa", "question", data)
+    gen = batching.share(sizes.t2i, process_index, process_count, "config.data.mix.t2i")
+    und_rows = sizes.caption + sizes.vqa
+    und = batching.share(und_rows, process_index, process_count, "config.data.mix")
+
+    def make(got: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        u_gen, u_und = rng.random(sizes.t2i), rng.random(und_rows)
+        out = make_gen(got["t2i"][gen], u_gen[gen]) if sizes.t2i else {}
+        if und_rows:
+            none = np.zeros(0, np.int64)
+            cut = sizes.caption  # question rows follow caption rows in the global batch
+            captions_here = got.get("caption", none)[und.start : min(und.stop, cut)]
+            vqa_here = got.get("vqa", none)[max(und.start - cut, 0) : max(und.stop - cut, 0)]
+            out |= make_und(captions_here, vqa_here, u_und[und])
+        return out
+
+    available = {"t2i": pictures, "caption": captions, "vqa": questions}
+    parts = {
+        name: batching.index_batches(available[name], size, seed + i)
+        for i, (name, size) in enumerate(sizes._asdict().items())
+        if size
+    }
+    dataset = batching.assemble(parts, make, seed=seed, prefetch=data.prefetch)
+    return Pipeline(dataset, tokenizer, tokenizer.vocab_size, counts=counts, on_close=dataset.close)

@@ -1,0 +1,31 @@
+"""Data set "images": {"image" uint8 [B, H, W, 3], "label" int32 [B]} for VAEs and classifiers.
+
+The label is the group of the picture: equal drawings under several names share it.
+"""
+
+import numpy as np
+
+from input_pipeline import Pipeline, batching, sources, store, transforms
+
+
+def build(config, *, split: str, seed: int, process_index: int, process_count: int) -> Pipeline:
+    """Endless shuffled pictures of one split."""
+    store.check_split(split)
+    data = config.data
+    found = sources.load(data, split, data.image_size)
+    if not len(found):
+        raise ValueError(f"config.data.source={data.source!r} has no picture in split {split!r}")
+    labels = np.array([e.group for e in found.items], np.int32)
+    rows = batching.share(config.batch_size, process_index, process_count, "config.batch_size")
+
+    def make(indices: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        chosen = indices["image"]
+        images = found.pictures.gather(chosen[rows])
+        if data.flip:
+            images = transforms.mirror(images, rng.random(len(chosen))[rows] < 0.5)
+        return {"image": images, "label": labels[chosen[rows]]}
+
+    parts = {"image": batching.index_batches(len(found), config.batch_size, seed)}
+    dataset = batching.assemble(parts, make, seed=seed, prefetch=data.prefetch)
+    classes = int(labels.max()) + 1
+    return Pipeline(dataset, classes=classes, counts=found.counts, on_close=dataset.close)

@@ -1,0 +1,60 @@
+"""VAE moments of every picture, computed once per data set and weights, then memory-mapped."""
+
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+from input_pipeline import store
+from input_pipeline.examples import Examples
+
+BATCH = 64
+
+
+def _weights_digest(path: Path) -> str:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _pictures_digest(found: Examples) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(found), BATCH):
+        rows = np.arange(start, min(start + BATCH, len(found)))
+        digest.update(np.ascontiguousarray(found.pictures.gather(rows)))
+    return digest.hexdigest()[:12]
+
+
+def encode_all(params, cfg, found: Examples) -> np.ndarray:
+    """float32 [n, h, w, 2z]: mean and log-variance of the posterior of every picture."""
+    from models.tokenizers import kl_vae
+
+    encode = jax.jit(lambda p, x: kl_vae.encode(p, cfg, x / 127.5 - 1.0))
+    out = []
+    for start in range(0, len(found), BATCH):
+        rows = np.arange(start, start + BATCH) % len(found)  # one shape, one compilation
+        images = found.pictures.gather(rows).astype(np.float32)
+        out.append(np.asarray(encode(params, images), np.float32))
+    return np.concatenate(out)[: len(found)]
+
+
+def moments(data, found: Examples, split: str) -> np.ndarray:
+    """Moments of all pictures of `found`, in order, from the cache beside the data sets."""
+    from models.tokenizers import kl_vae
+
+    path = Path(data.latents).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"config.data.latents={data.latents!r} does not exist")
+
+    def make(out: Path) -> None:
+        params, cfg = kl_vae.load(path)
+        logging.info("encoding %d pictures with %s", len(found), path)
+        with open(out, "wb") as file:
+            np.save(file, encode_all(params, cfg, found))
+
+    key = f"moments/{_weights_digest(path)}-{_pictures_digest(found)}-{split}.npy"
+    return np.load(store.prepare_once(data, key, make), mmap_mode="r")

@@ -1,0 +1,190 @@
+"""The record that every image-text set is stored as: written by TFDS, read without TensorFlow.
+
+One record is a picture with captions by language, questions with answers, a category, a group
+(pictures that are equal share it) and a free JSON text (`spec`: what a scene is made of).
+"""
+
+import contextlib
+import functools
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from PIL import Image
+
+from input_pipeline import store
+
+tfds.disable_progress_bar()
+
+
+class Question(NamedTuple):
+    """A question about a picture; kind is count, colour, position, presence or free."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture with its texts; `image` is uint8 [h, w, 3] or already encoded bytes."""
+
+    id: str
+    image: Any
+    captions: Mapping[str, str]
+    questions: Sequence[Question] = ()
+    category: str = ""
+    group: int = -1
+    spec: Mapping[str, Any] = field(default_factory=dict)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """PNG bytes of uint8 [h, w, 3]; level 1, because preparation time matters more than disk."""
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def decode_image(encoded: bytes) -> np.ndarray:
+    """uint8 [h, w, 3] of PNG, JPEG or WebP bytes."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _features() -> tfds.features.FeaturesDict:
+    text = tfds.features.Text
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "id": text(),
+            "category": text(),
+            "group": tfds.features.Scalar(np.int64),
+            "captions": tfds.features.Sequence({"lang": text(), "text": text()}),
+            "questions": tfds.features.Sequence(
+                {"kind": text(), "question": text(), "answer": text()}
+            ),
+            "spec": text(),
+        }
+    )
+
+
+def _to_record(example: Example) -> dict[str, Any]:
+    image = example.image
+    encoded = image if isinstance(image, bytes) else encode_png(image)
+    return {
+        "image": io.BytesIO(encoded),  # TFDS would need TensorFlow to encode an array
+        "id": example.id,
+        "category": example.category,
+        "group": example.group,
+        "captions": [{"lang": k, "text": v} for k, v in example.captions.items()],
+        "questions": [q._asdict() for q in example.questions],
+        "spec": json.dumps(example.spec, ensure_ascii=False),
+    }
+
+
+class ImageTextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Builder of one set; a subclass per source gives `examples(split)` in stored order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def examples(self, split: str) -> Iterator[Example]:
+        """Yields the examples of one split."""
+        raise NotImplementedError
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return self.dataset_info_from_configs(
+            features=_features(), disable_shuffling=True, description=type(self).__doc__
+        )
+
+    def _split_generators(self, dl_manager) -> dict[str, Any]:
+        return {split: self._generate_examples(split) for split in store.SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, example in enumerate(self.examples(split)):
+            yield index, _to_record(example)
+
+
+def write(path: Path, builder: Callable[..., ImageTextBuilder], **options) -> None:
+    """Prepares `builder(**options)` as an ArrayRecord set whose files lie directly in `path`."""
+    scratch = path.with_suffix(".tfds")
+    built = builder(data_dir=str(scratch), file_format="array_record", **options)
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself on stdout
+        built.download_and_prepare()
+    shutil.move(str(built.data_path), path)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Unreadable(ValueError):
+    """More records or files could not be read than the config allows."""
+
+
+class Skipped:
+    """Counts what could not be read and raises past the limit."""
+
+    def __init__(self, limit: int, counts: dict[str, int] | None = None):
+        self.limit = limit
+        self.counts = {} if counts is None else counts
+        self.names: list[str] = []
+
+    def add(self, name: str, error: BaseException) -> None:
+        """Notes one unreadable thing by name."""
+        self.names.append(name)
+        self.counts["unreadable"] = self.counts.get("unreadable", 0) + 1
+        logging.warning("skipped unreadable %s: %s", name, error)
+        if len(self.names) > self.limit:
+            raise Unreadable(
+                f"config.data.max_unreadable={self.limit} is passed: {len(self.names)} are "
+                f"unreadable, the first is {self.names[0]}"
+            )
+
+
+class Source:
+    """One split of a stored set, by index, without decoding: a grain random-access source."""
+
+    def __init__(self, path: Path, split: str):
+        self._builder = tfds.builder_from_directory(str(path))
+        self._name = f"{path.name}/{split}"
+        empty = self._builder.info.splits[split].num_examples == 0
+        skip = {"image": tfds.decode.SkipDecoding()}
+        self._data = () if empty else self._builder.as_data_source(split=split, decoders=skip)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._data[index]
+        captions, questions = record["captions"], record["questions"]
+        fields = (questions["kind"], questions["question"], questions["answer"])
+        return Example(
+            id=record["id"].decode(),
+            image=record["image"],
+            captions={k.decode(): v.decode() for k, v in zip(captions["lang"], captions["text"])},
+            questions=tuple(Question(*(x.decode() for x in q)) for q in zip(*fields)),
+            category=record["category"].decode(),
+            group=int(record["group"]),
+            spec=json.loads(record["spec"]),
+        )
+
+    def readable(self, skipped: Skipped) -> Iterator[tuple[int, Example]]:
+        """Yields (index, example) of every record that can be read."""
+        for index in range(len(self)):
+            try:
+                yield index, self[index]
+            except (RuntimeError, ValueError, OSError) as error:
+                skipped.add(f"record {index} of {self._name}", error)
+
+    def __repr__(self) -> str:
+        return f"Source({self._name})"
+
+
+@functools.cache
+def open_source(path: Path, split: str) -> Source:
+    """Source of a stored set, opened once per process."""
+    return Source(path, split)
