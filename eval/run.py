@@ -10,7 +10,7 @@ import jax
 from eval import EVALUATORS
 
 # Suffixes of keys that are no result but the level to compare one with.
-REFERENCES = ("chance", "unigram", "constant", "mean_picture", "real", "source")
+REFERENCES = ("chance", "unigram", "majority", "mean_picture", "real", "tokenizer")
 
 
 def run_all(config, model, params, *, step, rng, workdir, interrupted=None) -> dict[str, float]:

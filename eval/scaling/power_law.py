@@ -6,12 +6,13 @@ points of one run are not independent.
 """
 
 import itertools
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares
+
+from eval import common
 
 HUBER_DELTA = 1e-3
 STARTS = ((0.2, 0.6, 0.95), (0.1, 0.4, 0.8))  # L_inf as a share of the smallest loss; alpha
@@ -93,7 +94,7 @@ def read_curve(path, key: str) -> tuple[np.ndarray, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"config.fit.source={str(path)!r}: no such metrics.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = common.read_rows(path)
     points = [(row["step"], row[key]) for row in rows if key in row]
     if not points:
         known = sorted({k for row in rows for k in row if k != "step"})

