@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from configs.data import data_config
 from configs.evals import eval_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +31,7 @@ def base(**overrides: Any) -> ConfigDict:
             batch_size=8,  # examples per step over all hosts
             model=dict(name=""),
             objective=dict(name="model", freeze=("",)[:0]),
-            data=dict(name=""),
+            data=data_config(),
             optimizer=dict(
                 name="adamw",
                 lr=1e-3,  # peak

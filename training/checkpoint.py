@@ -5,41 +5,27 @@ part can be read alone and onto any mesh. Every array's fingerprint is stored as
 file that still decodes is noticed.
 """
 
-import hashlib
-import json
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
+from jax.experimental import multihost_utils
 
+from training.data_position import set_position
 from training.fingerprint import fingerprints
-from training.sharding import path_name
-
-
-def flat(tree: Any) -> dict[str, Any]:
-    """{path: leaf} of a pytree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(path): leaf for path, leaf in leaves}
-
-
-def unflat(values: dict[str, Any], like: Any) -> Any:
-    """The tree of the structure of `like` with the leaves of `flat`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: values[path_name(path)], like)
+from training.tree import flat, unflat
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, oldest to newest."""
+    """The checkpoints in one folder; the newest `keep` and every `keep_every`-th step stay."""
 
-    def __init__(self, workdir: str | Path, keep: int = 2, keep_every: int = 0, write: bool = True):
-        for name in ("absl", "orbax"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        self.directory = epath.Path(workdir).resolve() / "checkpoints"
-        self._write = write
-        self._last_error: Exception | None = None
+    def __init__(self, directory: Path, keep: int = 2, keep_every: int = 0, write: bool = True):
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.directory, self._write, self._why = Path(directory).resolve(), write, ""
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep if write else None,
             keep_period=(keep_every or None) if write else None,
@@ -47,7 +33,6 @@ class Checkpoints:
             read_only=not write,
             cleanup_tmp_directories=write,
             save_root_metadata=False,
-            enable_async_checkpointing=True,
         )
         handlers = dict(
             state=ocp.PyTreeCheckpointHandler(),
@@ -60,39 +45,39 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a finished checkpoint, ascending."""
-        return sorted(self._manager.all_steps())
+        """Steps whose checkpoint is finished, ascending."""
+        return sorted(int(p.name) for p in self.directory.glob("[0-9]*") if p.name.isdigit())
 
     def save(self, step: int, state: Any, iterator: Any, meta: dict, *, wait: bool = False) -> None:
-        """Save in the background (`wait`: now); a failed earlier save is raised here."""
-        try:
+        """Save in the background (`wait`: now); the error of an earlier save is raised here."""
+        with self._told(step):
             self._manager.check_for_errors()
             if step not in self._manager.all_steps():
-                meta = meta | {"step": step, "fingerprints": fingerprints(flat(state))}
-                items = dict(
-                    state=ocp.args.PyTreeSave(flat(state)),
-                    data=grain.checkpoint.CheckpointSave(iterator),
-                    meta=ocp.args.JsonSave(meta),
-                )
+                values = flat(state)
+                meta = meta | {"step": step, "fingerprints": fingerprints(values)}
+                items = dict(state=ocp.args.PyTreeSave(values), meta=ocp.args.JsonSave(meta))
+                if iterator is not None:
+                    items["data"] = grain.checkpoint.CheckpointSave(iterator)
                 self._manager.save(step, args=ocp.args.Composite(**items), force=True)
             if wait:
                 self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failed(step, error) from error
 
     def wait(self) -> None:
         """Until the background save is done; raises its error."""
-        try:
+        with self._told(None):
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failed(None, error) from error
 
-    def _failed(self, step: int | None, error: Exception) -> OSError:
-        kept = [s for s in self.steps if s != step]
-        what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        last = f"step {kept[-1]} is kept" if kept else "there is no earlier one"
-        reason = " ".join(str(error).split())[:300]
-        return OSError(f"{what} could not be written to {self.directory} ({last}): {reason}")
+    @contextmanager
+    def _told(self, step: int | None):
+        """An error of writing as one line that says which checkpoint is left."""
+        try:
+            yield
+        except Exception as error:
+            kept = [s for s in self.steps if s != step]
+            what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+            left = f"step {kept[-1]} is kept" if kept else "there is no earlier one"
+            text = f"{what} could not be saved in {self.directory} ({left}): {_line(error)}"
+            raise OSError(text) from error
 
     def restore(self, like: Any, iterator: Any = None, step: int | None = None, check=None):
         """(state, meta) of `step` or of the newest readable checkpoint; None if there is none.
@@ -100,63 +85,62 @@ class Checkpoints:
         `like` holds ShapeDtypeStructs with the shardings wanted; the data iterator is set;
         check(meta) may raise a ValueError, which is the user's to read.
         """
-        steps = self.steps if step is None else [step]
-        if step is not None and step not in self.steps:
-            raise FileNotFoundError(
-                f"--step={step} is not in {self.directory}; there are {self.steps or 'none'}"
-            )
-        for s in reversed(steps):
-            try:
-                return self._read(s, like, iterator, check)
-            except MismatchError:
-                raise
-            except Exception as error:
-                if step is not None or s == steps[0]:
-                    raise OSError(
-                        f"the checkpoint of step {s} in {self.directory} cannot be read and there "
-                        f"is none before it: {' '.join(str(error).split())[:300]}"
-                    ) from error
-                reason = " ".join(str(error).split())[:120]
-                print(f"checkpoint of step {s} is damaged ({reason}); using the one before")
-                self._damaged(s)
+        steps = self.steps
+        if step is not None and step not in steps:
+            raise FileNotFoundError(f"--step={step} is not in {self.directory}; allowed: {steps}")
+        for s in reversed(steps if step is None else [step]):
+            meta = self._attempt(lambda s=s: self._read(s, "meta", ocp.args.JsonRestore()))
+            if meta is not None:
+                if check is not None:
+                    check(meta)
+                lacking = sorted(set(flat(like)) - set(meta["fingerprints"]))
+                if lacking:
+                    raise ValueError(
+                        f"step {s} in {self.directory} has no {lacking[0]!r}, which "
+                        "config.model, objective, optimizer or ema now ask for"
+                    )
+                values = self._attempt(lambda s=s, m=meta: self._arrays(s, flat(like), m))
+                if values is not None:
+                    if iterator is not None:
+                        set_position(iterator, self.directory / str(s) / "data")
+                    return unflat(values, like), meta
+            if step is not None or s == steps[0]:
+                raise OSError(f"step {s} in {self.directory} cannot be read: {self._why}")
+            self._put_aside(s)
         return None
 
-    def _read(self, step: int, like: Any, iterator: Any, check):
-        wanted = flat(like)
-        args = dict(
-            meta=ocp.args.JsonRestore(),
-            state=ocp.args.PyTreeRestore(
-                item=wanted,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                partial_restore=True,
-            ),
-        )
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=args["meta"]))["meta"]
+    def _attempt(self, read):
+        """read(), or None where any host could not: all hosts then go on to the same step."""
+        value, self._why = None, ""
         try:
-            if check is not None:
-                check(meta)
-        except ValueError as error:
-            raise MismatchError(str(error)) from error
-        known = meta["fingerprints"]
-        lacking = sorted(set(wanted) - set(known))
-        if lacking:
-            raise MismatchError(
-                f"the checkpoint of step {step} in {self.directory} has no {lacking[0]!r} "
-                f"({len(lacking)} arrays missing): it belongs to another model or optimiser"
-            )
-        state = self._manager.restore(step, args=ocp.args.Composite(state=args["state"]))["state"]
-        for name, value in fingerprints(state).items():
-            if known[name] != value:
-                raise OSError(f"array {name} does not have the contents that were saved")
-        if iterator is not None:
-            data = grain.checkpoint.CheckpointRestore(iterator)
-            self._manager.restore(step, args=ocp.args.Composite(data=data))
-        return unflat(state, like), meta
+            value = read()
+        except Exception as error:
+            self._why = _line(error)
+        if jax.process_count() > 1:
+            whole = multihost_utils.process_allgather(value is not None).all()
+            value, self._why = (value if whole else None), self._why or "another host failed"
+        return value
 
-    def _damaged(self, step: int) -> None:
-        """Put a damaged checkpoint aside, so that its step can be saved again."""
-        if self._write and jax.process_index() == 0:
-            (self.directory / str(step)).rename(self.directory / f"damaged-{step}")
+    def _read(self, step: int, item: str, args: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+
+    def _arrays(self, step: int, wanted: dict, meta: dict) -> dict:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
+        values = self._read(step, "state", args)
+        for name, value in fingerprints(values).items():
+            if meta["fingerprints"][name] != value:
+                raise OSError(f"array {name} does not have the contents that were saved")
+        return values
+
+    def _put_aside(self, step: int) -> None:
+        """Rename a damaged checkpoint, so that its step can be saved again."""
+        if jax.process_index() == 0:
+            print(f"the checkpoint of step {step} is damaged ({self._why}); using the one before")
+            if self._write:
+                (self.directory / str(step)).rename(self.directory / f"damaged-{step}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("put_aside")
         self._manager.reload()
 
     def close(self) -> None:
@@ -164,46 +148,6 @@ class Checkpoints:
         self._manager.close()
 
 
-class MismatchError(ValueError):
-    """A checkpoint that is sound but belongs to something else."""
-
-
-def save_frozen(workdir: Path, frozen: Any) -> str:
-    """Store arrays that do not train once, in a folder named after their contents."""
-    if not jax.tree.leaves(frozen):
-        return ""
-    prints = fingerprints(flat(frozen))
-    name = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()[:16]
-    path = epath.Path(workdir).resolve() / "frozen" / name
-    if not path.exists():
-        ocp.PyTreeCheckpointer().save(path, flat(frozen))
-    return name
-
-
-def load_frozen(workdir: Path, name: str, like: Any) -> Any:
-    """What save_frozen stored, with the shardings of `like`."""
-    if not name:
-        return like
-    path = epath.Path(workdir).resolve() / "frozen" / name
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: the checkpoint needs these frozen arrays")
-    wanted = flat(like)
-    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-    return unflat(ocp.PyTreeCheckpointer().restore(path, wanted, restore_args=restore_args), like)
-
-
-def load_params(workdir: Path, like: Any) -> dict[str, jax.Array]:
-    """{path: array} of the newest checkpoint's parameters, its averages where it has them."""
-    checkpoints = Checkpoints(workdir, write=False)
-    try:
-        found = checkpoints.restore({"params": like})
-        if found is None:
-            raise FileNotFoundError(f"config.init_from: {workdir} holds no checkpoint")
-        values, meta = flat(found[0]["params"]), found[1]
-        averaged = [k for k in flat(like) if f"ema/{k}" in meta["fingerprints"]]
-        if averaged:
-            shapes = {k: v for k, v in flat(like).items() if k in averaged}
-            values |= checkpoints.restore({"ema": shapes}, step=meta["step"])[0]["ema"]
-        return values
-    finally:
-        checkpoints.close()
+def _line(error: Exception) -> str:
+    """The start of an error's text, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

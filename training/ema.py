@@ -6,13 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from training.sharding import path_name
+from training.tree import flat, path_name
 
 
 def selector(config, labels: Any) -> Callable[[str], bool]:
     """path -> whether config.ema.groups (optimiser groups; () is all) averages it."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(labels)
-    group = {path_name(path): label for path, label in flat}
+    group = flat(labels)
     wanted = set(config.ema.groups)
     missing = wanted - set(group.values())
     if missing:
@@ -25,9 +24,8 @@ def selector(config, labels: Any) -> Callable[[str], bool]:
 
 def init(params: Any, selected: Callable[[str], bool]) -> dict[str, jax.Array]:
     """The averages at the start: float32 copies of the selected parameters."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    named = ((path_name(path), leaf) for path, leaf in flat)
     # A true copy: the state is donated, and a buffer can be donated once only.
+    named = flat(params).items()
     return {name: jnp.array(leaf, jnp.float32) for name, leaf in named if selected(name)}
 
 
@@ -35,8 +33,7 @@ def update(ema: dict[str, jax.Array], params: Any, step, decay: float, warmup: b
     """ema = d * ema + (1 - d) * p after the update of `step`; d = min(decay, (1+t)/(10+t))."""
     t = step.astype(jnp.float32)
     d = jnp.minimum(decay, (1 + t) / (10 + t)) if warmup else jnp.float32(decay)
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    now = {path_name(path): leaf for path, leaf in flat}
+    now = flat(params)
     return {name: d * e + (1 - d) * now[name].astype(jnp.float32) for name, e in ema.items()}
 
 

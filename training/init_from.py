@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from export import weights as weights_lib
+from training.checkpoint import Checkpoints
 from training.sharding import place
+from training.tree import flat
 
 
 def load(config, model, params: Any) -> dict[str, jax.Array]:
@@ -49,15 +51,28 @@ def _read(source: str, weight_map, target: Any, setting: str) -> dict[str, jax.A
     if not path.exists() and (root / source).exists():
         path = root / source
     if (path / "checkpoints").is_dir():
-        from training.checkpoint import load_params
-
-        return load_params(path, target)
+        return _from_run(path, target)
     if not path.exists():
         raise FileNotFoundError(f"config.init_from={setting!r}: {source} does not exist")
     if weight_map is None:
         weight_map = weights_lib.flat_map(target)
     tensors = weights_lib.load_safetensors(path)
     tree = weights_lib.from_published(tensors, weight_map, target)
-    flat = weights_lib.flatten(tree)
-    shardings = {k: v.sharding for k, v in weights_lib.flatten(target).items()}
-    return {k: place(np.asarray(v), shardings[k]) for k, v in flat.items()}
+    want = flat(target)
+    return {k: place(np.asarray(v), want[k].sharding) for k, v in flat(tree).items()}
+
+
+def _from_run(workdir: Path, like: Any) -> dict[str, jax.Array]:
+    """{path: array} of the newest checkpoint's parameters, its averages where it has them."""
+    checkpoints = Checkpoints(workdir / "checkpoints", write=False)
+    try:
+        found = checkpoints.restore({"params": like})
+        if found is None:
+            raise FileNotFoundError(f"config.init_from: {workdir} holds no checkpoint")
+        values, meta = flat(found[0]["params"]), found[1]
+        averaged = {k: v for k, v in flat(like).items() if f"ema/{k}" in meta["fingerprints"]}
+        if averaged:
+            values |= checkpoints.restore({"ema": averaged}, step=meta["step"])[0]["ema"]
+        return values
+    finally:
+        checkpoints.close()

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from training import init_from, metrics, state
-from training.checkpoint import Checkpoints, save_frozen
+from training.checkpoint import Checkpoints
 from training.flops import count_flops
+from training.frozen import save_frozen
 from training.preemption import Preempted, Watch
 from training.setup import Setup, load_for_use, prepare, restore, use_params
 from training.sharding import global_batch, scope
@@ -54,7 +55,7 @@ class _Loop:
     def __init__(self, run: Setup, workdir: Path, watch: Watch):
         self.run_, self.config, self.workdir, self.watch = run, run.config, workdir, watch
         c = self.config.checkpoint
-        self.checkpoints = Checkpoints(workdir, c.keep, c.keep_every)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", c.keep, c.keep_every)
         self.iterator = iter(run.pipeline.dataset)
         found = restore(run, workdir, self.checkpoints, self.iterator)
         self.resumed = found is not None

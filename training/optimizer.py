@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from training.sharding import is_box, path_name
+from training.tree import is_box, path_name
 
 
 def make_optimizer(config, schedule: Callable, labels: Any, decayed: Any):

@@ -8,7 +8,9 @@ import jax
 from configs.common import flatten, unknown
 from input_pipeline import DATASETS
 from models import MODELS
-from training import checkpoint, ema, state
+from training import ema, state
+from training.checkpoint import Checkpoints
+from training.frozen import load_frozen
 from training.objectives import OBJECTIVES
 from training.sharding import make_mesh, scope
 
@@ -125,7 +127,7 @@ def restore(run: Setup, workdir: Path, checkpoints, iterator):
     if found is None:
         return None
     values, meta = found
-    frozen = checkpoint.load_frozen(workdir, meta["frozen"], run.plan.frozen)
+    frozen = load_frozen(workdir, meta["frozen"], run.plan.frozen)
     return values, frozen, meta
 
 
@@ -137,7 +139,7 @@ def load_for_use(config, workdir: Path, step: int | None = None):
     """
     run = prepare(config)
     like = {k: run.plan.state[k] for k in ("params", "ema") if k in run.plan.state}
-    checkpoints = checkpoint.Checkpoints(workdir, write=False)
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", write=False)
     try:
         with scope(run.mesh):
             only = ("model", "objective")
@@ -151,7 +153,7 @@ def load_for_use(config, workdir: Path, step: int | None = None):
                     f"--workdir={workdir} holds no checkpoint; train first with --mode=train"
                 )
             values, meta = found
-            frozen = checkpoint.load_frozen(workdir, meta["frozen"], run.plan.frozen)
+            frozen = load_frozen(workdir, meta["frozen"], run.plan.frozen)
             return run, use_params(run, values, frozen), meta["step"]
     finally:
         checkpoints.close()

@@ -5,12 +5,15 @@ unknown name, or one mesh axis used twice by an array, is an error with the para
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from training.tree import is_box, path_name
 
 MESH_AXES = ("data", "fsdp", "tensor", "seq")
 
@@ -73,14 +76,11 @@ def rules() -> tuple[tuple[str, Any], ...]:
     return tuple(RULES.items())
 
 
+@contextmanager
 def scope(mesh: Mesh):
     """Context under which models are traced: the mesh and the axis rules."""
-    from contextlib import ExitStack
-
-    stack = ExitStack()
-    stack.enter_context(jax.set_mesh(mesh))
-    stack.enter_context(nn.logical_axis_rules(rules()))
-    return stack
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules()):
+        yield
 
 
 def spec_for(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, path: str):
@@ -115,21 +115,6 @@ def shardings_for(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
 
 
-def is_box(leaf: Any) -> bool:
-    """Whether a leaf carries logical axis names."""
-    return isinstance(leaf, nn.meta.AxisMetadata)
-
-
-def unbox(tree: Any) -> Any:
-    """The tree without its logical names (no sharding constraint is added)."""
-    return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """A jax key path as 'a/b/c'."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-
 def batch_sharding(shape: Sequence[int], mesh: Mesh, key: str) -> NamedSharding:
     """Leading axis over data and fsdp; the batch must divide when there are several hosts."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -153,7 +138,9 @@ def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
         sharding = batch_sharding(shape, mesh, key)
         return jax.make_array_from_process_local_data(sharding, x, shape)
 
-    return {key: put(key, value) for key, value in local.items()}
+    # The one place where host data goes to the devices, so the transfer guard is lifted here.
+    with jax.transfer_guard_host_to_device("allow"):
+        return {key: put(key, value) for key, value in local.items()}
 
 
 def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from training import ema as ema_lib
 from training.optimizer import decay_mask, make_optimizer
 from training.schedules import make_schedule
-from training.sharding import path_name, shardings_for, unbox
+from training.sharding import shardings_for
+from training.tree import flat, path_name, unbox
 
 INIT, DATA, EVAL, SAMPLE = range(4)  # streams of the seed
 
@@ -116,10 +117,8 @@ def _with(shapes: Any, shardings: Any) -> Any:
 def _state_shardings(state: Any, params: Any, extra: Any, mesh) -> Any:
     """Shardings of the state: optimiser moments and averages follow their parameter."""
     whole = NamedSharding(mesh, PartitionSpec())
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    by_path = {path_name(path): sharding for path, sharding in flat}
-    shapes, _ = jax.tree_util.tree_flatten_with_path(state["params"])
-    shape_of = {path_name(path): leaf.shape for path, leaf in shapes}
+    by_path = flat(params)
+    shape_of = {name: leaf.shape for name, leaf in flat(state["params"]).items()}
 
     def follow(path, leaf):
         parts = path_name(path).split("/")

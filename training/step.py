@@ -11,29 +11,20 @@ from training.accumulate import value_and_grad
 from training.state import DATA, Plan, key_for
 
 
-def example_ids(shapes: Mapping[str, tuple[int, ...]], batch_size: int, hosts: int) -> jax.Array:
-    """int32 [B]: the index of each row in the global batch, whatever the number of hosts.
+def example_ids(shapes: Mapping[str, tuple[int, ...]], batch_size: int) -> jax.Array:
+    """int32 [B]: the index of each example in the global batch.
 
-    Hosts take every hosts-th record, so row i of host p is example i * hosts + p. A batch made of
-    parts (keys "gen_...", "und_...") has its examples numbered part after part.
+    A batch made of parts (keys "gen_...", "und_...") numbers its examples part after part.
     """
     parts: dict[str, int] = {}
     for key, shape in shapes.items():
         parts.setdefault(key.partition("_")[0], shape[0])
-    sizes = list(parts.values())
-    if sum(sizes) != batch_size:
-        sizes = [max(sizes)]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    rows = [
-        start + jnp.arange(size, dtype=jnp.int32).reshape(-1, hosts).T.reshape(-1)
-        for start, size in zip(starts, sizes, strict=True)
-    ]
-    return jnp.concatenate(rows)
+    rows = sum(parts.values())
+    return jnp.arange(rows if rows == batch_size else max(parts.values()), dtype=jnp.int32)
 
 
-def build_train_step(model, objective, plan: Plan, config, *, hosts: int | None = None) -> Callable:
+def build_train_step(model, objective, plan: Plan, config) -> Callable:
     """train_step(state, frozen, batch) -> (state, metrics), unjitted; see `jit_train_step`."""
-    hosts = jax.process_count() if hosts is None else hosts
 
     def train_step(state, frozen, batch):
         step = state["step"]
@@ -42,7 +33,7 @@ def build_train_step(model, objective, plan: Plan, config, *, hosts: int | None 
             prompt_rng, rng = jax.random.split(rng)
             batch = objective.rollout(state, frozen, batch, prompt_rng)
         shapes = {key: value.shape for key, value in batch.items()}
-        batch = batch | {"example": example_ids(shapes, config.batch_size, hosts)}
+        batch = batch | {"example": example_ids(shapes, config.batch_size)}
         norms = model.norms(batch)
 
         def loss(params, extra, micro):

@@ -96,8 +96,8 @@ def build_data(config, *, split, seed, process_index, process_count):
         return batch | dict(x=batch["x"][:, : widths[index % len(widths)]])
 
     ds = grain.MapDataset.range(config.data.records).seed(seed).shuffle()
-    ds = ds[process_index::process_count].map(make).repeat(config.data.epochs or None)
-    ds = ds.batch(local).map_with_index(cut)
+    ds = ds.map(make).repeat(config.data.epochs or None).batch(local)
+    ds = ds[process_index::process_count].map_with_index(cut)
     return Pipeline(ds.to_iter_dataset(), vocab_size=0)
 
 
