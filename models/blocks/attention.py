@@ -84,7 +84,7 @@ class Attention(nn.Module):
         ring = self.window is not None
         if not use.step:
             return k, v, mask, kv_cache.write_prompt(cache, layer, k, v, use.lengths)
-        slots = cache.k.shape[2]
+        slots = cache.slots
         if ring and k.shape[1] > 1 and slots == self.window:
             raise ValueError(
                 f"{k.shape[1]} tokens in one step would overwrite a ring of {slots} slots; feed one"

@@ -299,7 +299,7 @@ class Decoder(nn.Module):
 
 
 def init_cache(cfg: DecoderConfig, batch: int, max_len: int, dtype=jnp.float32):
-    """Empty cache for rows of up to max_len tokens; every leaf is [n, B, S, G, K] (rows on axis 1).
+    """Empty cache for rows of up to max_len tokens; every leaf is [n, B, G, S, K] (rows on axis 1).
 
     S is max_len, and min(window, max_len) where a local layer can do with a ring.
     """

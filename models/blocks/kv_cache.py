@@ -1,7 +1,8 @@
-"""Key/value cache: arrays [n, B, S, G, K] for n stacked layers, rows right-padded and ragged.
+"""Key/value cache: arrays [n, B, G, S, K] for n stacked layers, rows right-padded and ragged.
 
 Token p of a row sits in slot p, or in slot p mod S where S = window slots serve a local layer
 (a ring). What a slot holds follows from the row's newest position alone, so nothing else is kept.
+Heads come before slots because that is how a decoding step multiplies them: no transposed copy.
 """
 
 from typing import NamedTuple
@@ -17,20 +18,26 @@ from models.blocks.common import constrain
 class KVCache(NamedTuple):
     """Keys (RoPE applied) and values of n layers that share a place in the layer pattern."""
 
-    k: Float[Array, "n b s g k"]
-    v: Float[Array, "n b s g v"]
+    k: Float[Array, "n b g s k"]
+    v: Float[Array, "n b g s v"]
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a row can hold."""
+        return self.k.shape[3]
 
 
 def empty(layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype) -> KVCache:
     """Zeroed cache, sharded like the activations it will hold."""
-    zeros = jnp.zeros((layers, batch, slots, heads, head_dim), dtype)
-    zeros = constrain(zeros, None, "batch", None, "act_kv_heads", None)
+    zeros = jnp.zeros((layers, batch, heads, slots, head_dim), dtype)
+    zeros = constrain(zeros, None, "batch", "act_kv_heads", None, None)
     return KVCache(zeros, zeros)
 
 
 def read(cache: KVCache, layer) -> tuple[Float[Array, "b s g k"], Float[Array, "b s g v"]]:
     """Keys and values of one layer; layer may be traced."""
-    return tuple(jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in cache)
+    k, v = (jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in cache)
+    return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
 
 def write_prompt(cache: KVCache, layer, k, v, lengths: Int[Array, "b"] | None) -> KVCache:
@@ -38,7 +45,7 @@ def write_prompt(cache: KVCache, layer, k, v, lengths: Int[Array, "b"] | None) -
 
     A prompt longer than the ring keeps each row's last S real tokens, hence needs lengths.
     """
-    slots, tokens = cache.k.shape[2], k.shape[1]
+    slots, tokens = cache.slots, k.shape[1]
     if tokens > slots:
         if lengths is None:
             raise ValueError(
@@ -51,7 +58,9 @@ def write_prompt(cache: KVCache, layer, k, v, lengths: Int[Array, "b"] | None) -
     start = (layer, 0, 0, 0, 0)
     return KVCache(
         *(
-            jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], start)
+            jax.lax.dynamic_update_slice(
+                old, jnp.swapaxes(new, 1, 2).astype(old.dtype)[None], start
+            )
             for old, new in zip(cache, (k, v))
         )
     )
@@ -62,11 +71,11 @@ def write_tokens(cache: KVCache, layer, k, v, positions: Int[Array, "b t"], ring
 
     A position past the end of a full cache is dropped.
     """
-    slots = positions % cache.k.shape[2] if ring else positions
+    slots = positions % cache.slots if ring else positions
 
     def store(old, new):
         put = jax.vmap(
-            lambda rows, slot, value: rows.at[layer, slot].set(value, mode="drop"),
+            lambda rows, slot, value: rows.at[layer, :, slot].set(value, mode="drop"),
             in_axes=(1, 0, 0),
             out_axes=1,
         )
