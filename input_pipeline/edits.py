@@ -110,11 +110,12 @@ def load(data, split: str, size: int) -> examples.Examples:
     return examples.load(data, prepare(data, size), split, size)
 
 
-def generation(data, split: str, texts) -> tuple[int, Callable]:
+def generation(config, split: str, texts) -> tuple[int, Callable]:
     """(count, make(indices, u)) of generation rows that edit a source picture."""
+    data = config.data
     found = load(data, split, data.image_size)
     seen = load(data, split, data.und_size or data.image_size)
-    moments = latents.moments(data, found, split) if data.latents else None
+    moments = latents.moments(config, found, split) if data.latents else None
 
     def make(chosen: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
         before, after = 2 * chosen, 2 * chosen + 1
@@ -122,10 +123,10 @@ def generation(data, split: str, texts) -> tuple[int, Callable]:
         out = {
             "gen_tokens": np.array([row.tokens for row in got], np.int32),
             "gen_length": np.array([row.length for row in got], np.int32),
-            "source_image": seen.pictures.gather(before),
+            "gen_source_image": seen.pictures.gather(before),
         }
         if moments is None:
             return out | {"gen_image": found.pictures.gather(after)}
-        return out | {"gen_moments": moments[after], "source_moments": moments[before]}
+        return out | {"gen_moments": moments[after], "gen_source_moments": moments[before]}
 
     return len(found) // 2, make

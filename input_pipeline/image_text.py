@@ -3,7 +3,8 @@
 Generation rows: gen_tokens int32 [Bg, P], gen_length int32 [Bg] and gen_image uint8 [Bg, H, W, 3]
 or gen_moments float32 [Bg, h, w, 2z]. Understanding rows: und_image uint8 [Bu, S, S, 3],
 und_tokens int32 [Bu, T], und_prefix and und_length int32 [Bu]; caption rows come before question
-rows. config.data.edit adds source_image or source_moments, and the prompt is the instruction.
+rows. With config.data.edit the prompt is an instruction, and gen_source_image uint8 [Bg, S, S, 3]
+(and gen_source_moments beside gen_moments) is the picture to change.
 """
 
 from collections.abc import Callable
@@ -88,11 +89,12 @@ def _need(count: int, batch: int, key: str, what: str, data) -> None:
         )
 
 
-def _generation(data, split: str, texts: _Texts) -> tuple[int, Callable]:
+def _generation(config, split: str, texts: _Texts) -> tuple[int, Callable]:
     """(count, make(indices, u)) of plain text-to-image rows."""
+    data = config.data
     found = sources.load(data, split, data.image_size)
     where, pairs = _captioned(found, tuple(data.langs))
-    moments = latents.moments(data, found, split) if data.latents else None
+    moments = latents.moments(config, found, split) if data.latents else None
 
     def make(chosen: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
         got = [texts.prompt(_pick(pairs[i], x)[1]) for i, x in zip(chosen, u)]
@@ -140,7 +142,7 @@ def build(config, *, split: str, seed: int, process_index: int, process_count: i
     tokenizer = tokenizers.load(data)
     texts = _Texts(tokenizer, data, counts)
     generate = edits.generation if data.edit else _generation
-    pictures, make_gen = generate(data, split, texts)
+    pictures, make_gen = generate(config, split, texts)
     captions, questions, make_und = _understanding(data, split, texts, counts)
     _need(pictures, sizes.t2i, "t2i", "captioned picture", data)
     _need(captions, sizes.caption, "caption", "captioned picture", data)

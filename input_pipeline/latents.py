@@ -10,6 +10,7 @@ from absl import logging
 from input_pipeline import store
 from input_pipeline.examples import Examples
 
+ROOT = Path(__file__).resolve().parents[1]
 BATCH = 64
 
 
@@ -42,19 +43,33 @@ def encode_all(params, cfg, found: Examples) -> np.ndarray:
     return np.concatenate(out)[: len(found)]
 
 
-def moments(data, found: Examples, split: str) -> np.ndarray:
-    """Moments of all pictures of `found`, in order, from the cache beside the data sets."""
+def load_vae(config, path: Path):
+    """(params, sizes) of the autoencoder config.model.vae from a safetensors file or folder."""
+    from export import weights
+    from models import sized
     from models.tokenizers import kl_vae
 
-    path = Path(data.latents).expanduser()
+    cfg = sized(kl_vae.SIZES, config.model.vae, "model.vae")
+    abstract = jax.eval_shape(lambda: kl_vae.init(jax.random.key(0), cfg))
+    tensors = weights.load_safetensors(path)
+    try:
+        return weights.from_published(tensors, weights.flat_map(abstract), abstract), cfg
+    except ValueError as error:
+        raise ValueError(f"config.data.latents={str(path)!r}: {error}") from None
+
+
+def moments(config, found: Examples, split: str) -> np.ndarray:
+    """Moments of all pictures of `found`, in order, from the cache beside the data sets."""
+    path = Path(config.data.latents).expanduser()
+    path = path if path.exists() else ROOT / path
     if not path.exists():
-        raise FileNotFoundError(f"config.data.latents={data.latents!r} does not exist")
+        raise FileNotFoundError(f"config.data.latents={config.data.latents!r} does not exist")
 
     def make(out: Path) -> None:
-        params, cfg = kl_vae.load(path)
+        params, cfg = load_vae(config, path)
         logging.info("encoding %d pictures with %s", len(found), path)
         with open(out, "wb") as file:
             np.save(file, encode_all(params, cfg, found))
 
     key = f"moments/{_weights_digest(path)}-{_pictures_digest(found)}-{split}.npy"
-    return np.load(store.prepare_once(data, key, make), mmap_mode="r")
+    return np.load(store.prepare_once(config.data, key, make), mmap_mode="r")

@@ -88,7 +88,8 @@ def plan(names: dict[str, str], rng: np.random.Generator, split: str) -> Plan:
     ids = list(names)
     while True:
         kind = KINDS[rng.integers(len(KINDS))]
-        a, b = (ids[i] for i in rng.choice(len(ids), 2, replace=False))
+        i, step = rng.integers(len(ids)), rng.integers(1, len(ids))
+        a, b = ids[i], ids[(i + step) % len(ids)]
         if kind == "count":
             n, m = int(rng.integers(1, 5)), 0
             combination = f"{a} {n}"
