@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from models.blocks.common import constrain, remat_block
+
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
@@ -181,7 +183,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        axes = ("spatial", "spatial", "channels_in", "channels_out")
+        axes = ("spatial", None, "channels_in", "channels_out")  # flax takes a name only once
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", _boxed(init, *axes), shape)
         bias = self.param("bias", _boxed(nn.initializers.zeros, "channels_out"), (self.features,))
@@ -213,7 +215,7 @@ class ResBlock(nn.Module):
         h = Conv(self.features, name="conv2")(nn.swish(Norm(self.groups, name="norm2")(h)))
         if x.shape[-1] != self.features:
             x = Conv(self.features, size=1, name="shortcut")(x)
-        return x + h
+        return constrain(x + h, "batch", None, None, None)
 
 
 class AttnBlock(nn.Module):
@@ -237,31 +239,35 @@ class Mid(nn.Module):
 
     features: int
     groups: int
+    remat: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        x = ResBlock(self.features, self.groups, name="block_1")(x)
+        block = remat_block(ResBlock, self.remat)
+        x = block(self.features, self.groups, name="block_1")(x)
         x = AttnBlock(self.groups, name="attn_1")(x)
-        return ResBlock(self.features, self.groups, name="block_2")(x)
+        return block(self.features, self.groups, name="block_2")(x)
 
 
 class Encoder(nn.Module):
     """Images to 2z features per latent position."""
 
     cfg: KLVAEConfig
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 z2"]:
         cfg, top = self.cfg, len(self.cfg.mult) - 1
+        block = remat_block(ResBlock, self.remat)
         x = Conv(cfg.ch, name="conv_in")(space_to_depth(x, cfg.stem))
         for level, mult in enumerate(cfg.mult):
             for i in range(cfg.res_blocks):
-                x = ResBlock(cfg.ch * mult, cfg.groups, name=f"down_{level}_block_{i}")(x)
+                x = block(cfg.ch * mult, cfg.groups, name=f"down_{level}_block_{i}")(x)
                 if level in cfg.attn:
                     x = AttnBlock(cfg.groups, name=f"down_{level}_attn_{i}")(x)
             if level != top:
                 x = Conv(cfg.ch * mult, stride=2, name=f"down_{level}_downsample")(x)
-        x = Mid(x.shape[-1], cfg.groups, name="mid")(x)
+        x = Mid(x.shape[-1], cfg.groups, self.remat, name="mid")(x)
         x = nn.swish(Norm(cfg.groups, name="norm_out")(x))
         return Conv(2 * cfg.z, name="conv_out")(x)
 
@@ -270,15 +276,16 @@ class DecoderBody(nn.Module):
     """Everything of the decoder but the last convolution."""
 
     cfg: KLVAEConfig
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
-        cfg = self.cfg
+        cfg, block = self.cfg, remat_block(ResBlock, self.remat)
         x = Conv(cfg.ch * cfg.mult[-1], name="conv_in")(z)
-        x = Mid(x.shape[-1], cfg.groups, name="mid")(x)
+        x = Mid(x.shape[-1], cfg.groups, self.remat, name="mid")(x)
         for level in reversed(range(len(cfg.mult))):
             for i in range(cfg.res_blocks + 1):
-                x = ResBlock(cfg.ch * cfg.mult[level], cfg.groups, name=f"up_{level}_block_{i}")(x)
+                x = block(cfg.ch * cfg.mult[level], cfg.groups, name=f"up_{level}_block_{i}")(x)
             if level != 0:
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
                 x = Conv(x.shape[-1], name=f"up_{level}_upsample")(x)
@@ -289,17 +296,22 @@ class Decoder(nn.Module):
     """Latents to features in front of the last convolution, and that convolution."""
 
     cfg: KLVAEConfig
+    remat: str = "none"
 
     def setup(self):
         self.conv_out = Conv(3 * self.cfg.stem**2)
-        self.body = DecoderBody(self.cfg)
+        self.body = DecoderBody(self.cfg, self.remat)
 
     def features(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
         """Input of the last convolution: the adversarial weight needs its gradient only."""
         return self.body(z)
 
-    def __call__(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
-        return depth_to_space(self.conv_out(self.body(z)), self.cfg.stem)
+    def pixels(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
+        """Last convolution, unfolded to pixels."""
+        return depth_to_space(self.conv_out(h), self.cfg.stem)
+
+    def __call__(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 3"]:
+        return self.pixels(self.features(z))
 
 
 class LatentStatistics(nn.Module):
@@ -319,13 +331,14 @@ class KLVAE(nn.Module):
 
     cfg: KLVAEConfig
     dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
 
     def setup(self):
         cfg = self.cfg
-        self.encoder = Encoder(cfg)
+        self.encoder = Encoder(cfg, self.remat)
         self.quant_conv = Conv(2 * cfg.z, size=1)
         self.post_quant_conv = Conv(cfg.z, size=1)
-        self.decoder = Decoder(cfg)
+        self.decoder = Decoder(cfg, self.remat)
         self.latents = LatentStatistics(cfg)
 
     def encode(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 z2"]:
@@ -336,9 +349,13 @@ class KLVAE(nn.Module):
         """Latents to the input of the last convolution."""
         return self.decoder.features(self.post_quant_conv(z.astype(self.dtype)))
 
-    def decode(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
+    def pixels(self, h: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
+        """`features` to images in float32, not clipped."""
+        return self.decoder.pixels(h).astype(jnp.float32)
+
+    def decode(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 3"]:
         """Latents to images in float32, not clipped."""
-        return self.decoder(self.post_quant_conv(z.astype(self.dtype))).astype(jnp.float32)
+        return self.pixels(self.features(z))
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         self.latents()
