@@ -1,22 +1,19 @@
-"""What every config shares: all defaults, variant arguments, and loading with overrides.
+"""What every config shares: `base()` holds each default once, `parse_arg` reads the variant.
 
-`base()` holds each default once. `load_config` is what notebooks and tests call; `main.py` uses
-the same path, so a typed override means the same everywhere.
+`load_config("configs/uniflud.py:debug", steps=20)` is how notebooks and tests get a config.
 """
 
 import ast
-import difflib
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from configs.data import data_config
 from configs.evals import eval_config
+from configs.loading import flatten, load_config, unknown
 
-ROOT = Path(__file__).resolve().parents[1]
+__all__ = ["base", "flatten", "load_config", "parse_arg", "unknown"]
 # Sections whose keys belong to one system; everywhere else an unknown key is a typo.
 OPEN = ("model", "objective", "data", "sample", "optimizer.groups")
 
@@ -91,14 +88,6 @@ def _merge(config: ConfigDict, overrides: dict, where: str) -> None:
             config[key] = value
 
 
-def unknown(kind: str, name: str, allowed) -> str:
-    """One line for a name that is not there: what was given, the nearest, and what is allowed."""
-    allowed = sorted(map(str, allowed))
-    near = difflib.get_close_matches(str(name), allowed, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}.{hint} Allowed: {', '.join(allowed) or 'none'}"
-
-
 def parse_arg(arg: str, variants=("debug",), **defaults: Any) -> SimpleNamespace:
     """'debug,seq=512' -> namespace(variant='debug', seq=512); types follow the defaults."""
     variants = ("", *(v for v in variants if v))
@@ -133,67 +122,3 @@ def _typed(key: str, text: str, default: Any) -> Any:
     except (ValueError, SyntaxError):
         pass
     raise ValueError(f"config argument {key}={text!r} must be a {type(default).__name__}")
-
-
-def find_config(spec: str) -> str:
-    """'configs/x.py:arg', 'x.py:arg' or 'x:arg' -> existing path with the same argument."""
-    name, colon, arg = spec.partition(":")
-    for path in (Path(name), ROOT / name, ROOT / "configs" / name, ROOT / "configs" / f"{name}.py"):
-        if path.suffix == ".py" and path.is_file():
-            return f"{path}{colon}{arg}"
-    names = [f"configs/{p.name}" for p in list_configs()]
-    raise FileNotFoundError(unknown("config", name, names))
-
-
-def list_configs() -> list[Path]:
-    """The config files a user can run, by name."""
-    helpers = ("__init__.py", "common.py", "data.py", "evals.py")
-    return [p for p in sorted((ROOT / "configs").glob("*.py")) if p.name not in helpers]
-
-
-def load_config(spec: str, *assignments: str, **overrides: Any) -> ConfigDict:
-    """Load 'configs/x.py:variant' with 'key=value' texts and keyword overrides, locked.
-
-    Dotted keys: load_config("configs/uniflud.py:debug", **{"optimizer.lr": 1e-4}, steps=20).
-    """
-    texts = [*assignments, *(f"{key}={value}" for key, value in overrides.items())]
-    argv = ["config", f"--config={spec}", *(f"--config.{text}" for text in texts)]
-    values = flags.FlagValues()
-    holder = define_config_flag(values, argv)
-    try:
-        values(argv)
-        return holder.value
-    except Exception as error:
-        raise explain(error) from error
-
-
-def define_config_flag(values: flags.FlagValues, argv: list[str]) -> flags.FlagHolder:
-    """--config and --config.any.key=value on `values`; rewrites argv's config to a real path."""
-    for i, text in enumerate(argv):
-        if text.startswith(("--config=", "-config=")):
-            argv[i] = f"--config={find_config(text.partition('=')[2])}"
-    return config_flags.DEFINE_config_file(
-        "config", None, "configs/NAME.py[:variant[,key=value...]]", values, sys_argv=argv
-    )
-
-
-def explain(error: Exception) -> Exception:
-    """The same mistake as one line that names the key, the value and what is allowed."""
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
-    if "Error whilst parsing config file" in text:  # ml_collections wraps a whole traceback
-        text = text.splitlines()[-1].partition(": ")[2]
-    text = " ".join(line.strip() for line in text.splitlines() if line.strip())
-    if isinstance(error, flags.Error | AttributeError | KeyError | TypeError | ValueError):
-        return ValueError(text)
-    return type(error)(text) if isinstance(error, OSError) else error
-
-
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{'optimizer.lr': 0.001, ...}: every leaf by its dotted key."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, ConfigDict | dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

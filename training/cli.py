@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from absl import flags
 
-from configs import common
+from configs import loading
 from training import platform
 
 MODES = ("train", "eval", "sample", "export", "dryrun")
@@ -24,10 +24,10 @@ USAGE = (
 def list_configs() -> str:
     """Every config with its first docstring line, and how to run one."""
     lines = ["configs:"]
-    for path in common.list_configs():
+    for path in loading.list_configs():
         doc = ast.get_docstring(ast.parse(path.read_text())) or ""
         lines.append(f"  configs/{path.name:<22} {doc.splitlines()[0] if doc else ''}".rstrip())
-    first = common.list_configs()
+    first = loading.list_configs()
     name = "uniflud.py" if any(p.name == "uniflud.py" for p in first) else "NAME.py"
     lines += ["", f"run one:  python main.py --config=configs/{name}", f"usage:    {USAGE}"]
     return "\n".join([*lines, "help:     python main.py --help"])
@@ -38,9 +38,7 @@ def overview(values: flags.FlagValues) -> str:
     lines = [USAGE, ""]
     for name in ("workdir", "mode", "step", "prompt", "image", "topology", "debug_errors"):
         flag = values[name]
-        choices = getattr(flag.parser, "enum_values", None)
-        allowed = f" {'|'.join(choices)}" if choices else ""
-        lines.append(f"  --{name:<13} {flag.help}{allowed}")
+        lines.append(f"  --{name:<13} {flag.help.splitlines()[0].rstrip(';')}")
     lines += [
         "  --config.KEY    any config key, e.g. --config.optimizer.lr=1e-4 --config.mesh.fsdp=4",
         "",
@@ -54,7 +52,7 @@ def spec_of(argv: list[str]) -> str:
     for i, text in enumerate(argv):
         if text.startswith(("--config=", "-config=")):
             return text.partition("=")[2]
-        if text in ("--config", "-config") and i + 1 < len(argv):
+        if text in ("--config", "-config") and not "".join(argv[i + 1 : i + 2]).startswith("-"):
             argv[i : i + 2] = [f"--config={argv[i + 1]}"]
             return spec_of(argv)
     return ""
@@ -70,14 +68,10 @@ def parse(values: flags.FlagValues, argv: list[str]):
     """Parse argv into `values`; returns the locked config."""
     if not spec_of(argv):
         raise ValueError(f"--config is missing. {USAGE}")
-    holder = common.define_config_flag(values, argv)
-    try:
-        rest = values(argv)
-        config = holder.value
-    except Exception as error:
-        raise common.explain(error) from error
-    if rest[1:]:
-        raise ValueError(f"{rest[1]!r} is no flag; flags are written --name=value")
+    loading.define_config_flag(values, argv)
+    config, rest = loading.parse_flags(values, argv)
+    if rest:
+        raise ValueError(f"{rest[0]!r} is no flag; flags are written --name=value")
     flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags
     return config
 
@@ -98,7 +92,7 @@ def load(name: str) -> Callable:
 def task(tasks: dict[str, str], config, workdir: Path) -> None:
     """What config.task names."""
     if config.task not in tasks:
-        raise ValueError(common.unknown("config.task", config.task, tasks))
+        raise ValueError(loading.unknown("config.task", config.task, tasks))
     function = load(tasks[config.task])
     if config.task == "runs":
         function(config, workdir, lambda job, folder: task(tasks, job, folder))
@@ -115,7 +109,9 @@ def one_line_errors(debug: bool):
     except (ValueError, LookupError, OSError, ImportError, ArithmeticError) as error:
         if debug:
             traceback.print_exc()
-        line = str(common.explain(error)) or type(error).__name__
+        line = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError | ImportError):
+            line = f"{type(error).__name__}: {line}"
         hint = "" if debug else "  (--debug_errors shows where)"
         print(f"error: {line}{hint}", file=sys.stderr)
         outcome.code = 1 if isinstance(error, ArithmeticError | OSError) else 2

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from configs.common import load_config
+from configs.loading import load_config
 from eval.run import run_all
 
 
@@ -19,7 +19,11 @@ def run(config, workdir, train_one: Callable) -> None:
     names = [name for name, *_ in config.runs]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"config.runs must be a list of runs with different names, not {names}")
-    jobs = [(name, load_config(spec, *overrides)) for name, spec, overrides in config.runs]
+    here = str(workdir)  # {workdir}/a lets a run start from what run a left
+    jobs = [
+        (name, load_config(spec, *(text.replace("{workdir}", here) for text in overrides)))
+        for name, spec, overrides in config.runs
+    ]
     for i, (name, job) in enumerate(jobs):
         print(f"run {i + 1} of {len(jobs)}: {name}", flush=True)
         train_one(job, workdir / name)

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from configs.common import flatten, unknown
+from configs.loading import flatten, unknown
+from eval import EVALUATORS
 from input_pipeline import DATASETS
 from models import MODELS
 from training import ema, state
@@ -70,6 +71,9 @@ def check(config) -> None:
             f"config.batch_size={config.batch_size} must be a multiple of hosts x "
             f"config.accumulate = {jax.process_count()} x {config.accumulate}"
         )
+    for name in config.evals:
+        if name not in EVALUATORS:
+            raise ValueError(unknown("config.evals", name, EVALUATORS))
     if config.precision not in ("float32", "bfloat16"):
         raise ValueError(f"config.precision={config.precision!r} must be float32 or bfloat16")
     if config.checkpoint.every < 1 or config.checkpoint.keep < 1:
