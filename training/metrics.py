@@ -48,8 +48,11 @@ class Metrics:
         if self._file is None:
             return
         row = {"step": step} | {key: float(value) for key, value in values.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._file.name} cannot be written: {error.strerror}") from error
         if self._board:
             for key, value in values.items():
                 self._board.add_scalar(key, float(value), step)

@@ -47,7 +47,7 @@ def build_train_step(model, objective, plan: Plan, config) -> Callable:
         metrics = {
             **metrics,
             "loss": value,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "lr": plan.schedule(step),
         }
         new = dict(params=params, extra=extra, opt=opt, step=step + 1)

@@ -3,6 +3,9 @@
 Run as a script it is main.py with these registered: python toy.py --config=toy_config.py ...
 """
 
+import json
+import os
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -10,6 +13,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 CONFIG = str(Path(__file__).with_name("toy_config.py"))
+
+
+def do_fault():
+    """What the environment variable TOY_FAULT asks for, once: a signal, or a full disk."""
+    fault = json.loads(os.environ.pop("TOY_FAULT", "{}"))
+    if "signal" in fault:
+        os.kill(os.getpid(), getattr(signal, fault["signal"]))
+    if "fill" in fault:
+        with open(fault["fill"], "wb") as file:
+            try:
+                while True:
+                    file.write(b"0" * 4096)
+                    file.flush()
+            except OSError:
+                file.truncate(file.tell() - 16384)  # room for a few rows, not for a checkpoint
 
 
 def build_model(config):
@@ -83,6 +101,7 @@ def build_data(config, *, split, seed, process_index, process_count):
     from input_pipeline import Pipeline
 
     local = config.batch_size // process_count
+    fault = json.loads(os.environ.get("TOY_FAULT", "{}"))
     widths = config.data.widths
 
     def make(i):
@@ -93,12 +112,16 @@ def build_data(config, *, split, seed, process_index, process_count):
         return dict(x=x, y=y, weight=weight)
 
     def cut(index, batch):
+        if index == fault.get("batch"):
+            do_fault()
         return batch | dict(x=batch["x"][:, : widths[index % len(widths)]])
 
     ds = grain.MapDataset.range(config.data.records).seed(seed).shuffle()
     ds = ds.map(make).repeat(config.data.epochs or None).batch(local)
     ds = ds[process_index::process_count].map_with_index(cut)
-    return Pipeline(ds.to_iter_dataset(), vocab_size=0)
+    # No read-ahead: a fault at batch 9 must come when the loop asks for batch 9.
+    none = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return Pipeline(ds.to_iter_dataset(none), vocab_size=0)
 
 
 def build_eval(config):
@@ -110,6 +133,8 @@ def build_eval(config):
         import jax
         import jax.numpy as jnp
 
+        if "TOY_FAULT" in os.environ and "eval" in os.environ["TOY_FAULT"]:
+            do_fault()
         Path(workdir, "eval-started").touch()
         time.sleep(config.data.eval_seconds)
         if model is None:
