@@ -99,11 +99,15 @@ def prompts(config, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def questions(config, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Question prefixes, int32 [n, T] right-padded and cut to the longest, lengths [n]."""
+    """Question prefixes, int32 [n, T] right-padded, lengths [n].
+
+    T is half of text_length unless one is longer, so that all evaluators share one compilation.
+    """
     tok = tokenizer(config)
     rows = [layout.encode_question(tok, t, config.data.text_length) for t in texts]
     lengths = np.array([r.length for r in rows], np.int32)
-    width = min(-(-int(lengths.max()) // 8) * 8, config.data.text_length)
+    longest, room = int(lengths.max()), config.data.text_length
+    width = room // 2 if longest <= room // 2 else room
     return np.stack([r.tokens for r in rows])[:, :width], lengths
 
 

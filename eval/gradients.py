@@ -1,7 +1,7 @@
 """Do the two losses pull the shared trunk the same way? Norms of their gradients and the cosine.
 
 One small training batch, the loss as it is weighted in training; a term is switched off by an
-infinite norm, so both gradients come from one compiled function.
+infinite norm, so one compiled function gives both gradients.
 """
 
 import functools
@@ -17,32 +17,19 @@ TERMS = ("visual", "text")
 
 @functools.lru_cache(maxsize=4)
 def _compiled(loss, trunk: str):
+    """Jitted gradient of the loss on the layers of params[trunk]."""
+
     def total(own, params, extra, batch, rng, step, norms):
         whole = {**params, trunk: {**params[trunk], **own}}
         return loss(whole, extra, batch, rng, step=step, norms=norms)[0]
 
-    @jax.jit
-    def compare(params, extra, batch, rng, step, norms):
-        # The tied embedding is a head of text as well; what both losses share are the layers.
-        own = {k: v for k, v in params[trunk].items() if k != "embedding"}
-        gradients = [
-            jax.grad(total)(own, params, extra, batch, rng, step, _only(norms, term))
-            for term in TERMS
-        ]
-        (aa, bb, ab) = (
-            sum(jnp.vdot(x.astype(jnp.float32), y.astype(jnp.float32)) for x, y in zip(*leaves))
-            for leaves in (
-                [jax.tree.leaves(gradients[i]), jax.tree.leaves(gradients[j])]
-                for i, j in ((0, 0), (1, 1), (0, 1))
-            )
-        )
-        return jnp.sqrt(aa), jnp.sqrt(bb), ab / jnp.maximum(jnp.sqrt(aa * bb), 1e-30)
-
-    return compare
+    return jax.jit(jax.grad(total))
 
 
-def _only(norms, term: str) -> dict:
-    return {k: v if k == term else jnp.inf for k, v in norms.items()}
+@jax.jit
+def _dot(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    return sum(jnp.vdot(x.astype(jnp.float32), y.astype(jnp.float32)) for x, y in pairs)
 
 
 def compare(model, params, batch, rng, *, step, trunk: str) -> dict[str, float]:
@@ -54,9 +41,23 @@ def compare(model, params, batch, rng, *, step, trunk: str) -> dict[str, float]:
     norms = model.norms(batch)
     if missing := [t for t in TERMS if t not in norms]:
         raise ValueError(f"config.evals 'gradients' needs the loss term {missing[0]!r}")
-    visual, text, cosine = _compiled(model.loss, trunk)(params, {}, batch, rng, step, norms)
-    values = {"visual_norm": visual, "text_norm": text, "cosine": cosine}
-    return {k: float(common.to_host(v)) for k, v in values.items()}
+    # The tied embedding is also the text head; what both losses share are the layers.
+    own = {k: v for k, v in params[trunk].items() if k != "embedding"}
+    gradient = _compiled(model.loss, trunk)
+    visual, text = (
+        gradient(own, params, {}, batch, rng, step, _only(norms, term)) for term in TERMS
+    )
+    vv, tt, vt = (
+        float(common.to_host(_dot(a, b)))
+        for a, b in ((visual, visual), (text, text), (visual, text))
+    )
+    cosine = vt / np.sqrt(vv * tt) if vv > 0 and tt > 0 else 0.0
+    return {"visual_norm": np.sqrt(vv), "text_norm": np.sqrt(tt), "cosine": cosine}
+
+
+def _only(norms, term: str) -> dict:
+    """The norms with every other term switched off."""
+    return {k: jnp.float32(v if k == term else jnp.inf) for k, v in norms.items()}
 
 
 def training_batch(config) -> dict[str, np.ndarray]:

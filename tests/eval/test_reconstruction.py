@@ -1,0 +1,25 @@
+"""Reconstruction: PSNR of an exact and of a shifted tokenizer."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eval import EVALUATORS
+
+
+def test_psnr_of_a_known_error(config, oracle, params, tmp_path):
+    evaluate = EVALUATORS["reconstruction"](config)
+    shifted = params | {"blur": jnp.float32(2 * 10 / 255)}  # ten grey levels, clipped at white
+    metrics = evaluate(oracle.model, shifted, step=1, rng=jax.random.key(0), workdir=tmp_path)
+    assert metrics["psnr"] == pytest.approx(20 * np.log10(255 / 10), abs=0.6)
+    assert metrics["psnr_mean_picture"] < 15 and metrics["pictures"] == 10
+
+
+def test_models_without_a_tokenizer_are_named(config, tmp_path):
+    evaluate = EVALUATORS["reconstruction"](config)
+    model = SimpleNamespace(predict={"logits": len})
+    with pytest.raises(ValueError, match=r"predict\['encode_latents'\]; this one has logits"):
+        evaluate(model, {}, step=1, rng=None, workdir=tmp_path)
