@@ -56,8 +56,9 @@ def _branches(predict, params, tokens, length, source, guidance, image_guidance)
     xs, valids = [x, null], [valid, null_valid]
     if image_guidance != 1.0:
         soft = x.shape[1] - tokens.shape[1]
-        xs.append(null)
-        valids.append(null_valid.at[:, :soft].set(False))
+        # Caches are filled from slot 0: what stays valid of this branch moves to the front.
+        xs.append(jnp.roll(null, -soft, axis=1))
+        valids.append(jnp.roll(null_valid.at[:, :soft].set(False), -soft, axis=1))
     return jnp.concatenate(xs), jnp.concatenate(valids), len(xs)
 
 

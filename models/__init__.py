@@ -40,9 +40,9 @@ def sized(sizes: Mapping[str, Any], node, key: str):
 
 
 def _unifluid(config):
-    from models import unifluid
+    from models import unifluid_build
 
-    return unifluid.build(config)
+    return unifluid_build.build(config)
 
 
 def _kl_vae(config):

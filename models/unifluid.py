@@ -13,18 +13,19 @@ No code was published; choices the paper leaves open are config fields (docs/res
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels.attention import MaskSpec
-from models import Model, sized
+from models import sized
 from models.blocks import diffusion_head as dh
 from models.blocks.decoder import SIZES as DECODERS
-from models.blocks.decoder import Decoder, DecoderConfig, init_cache
-from models.blocks.losses import chunked_cross_entropy, token_nll
+from models.blocks.decoder import Decoder, DecoderConfig
+from models.blocks.losses import chunked_cross_entropy
 from models.blocks.vit import SIZES as VITS
 from models.blocks.vit import ViT, ViTConfig
 from models.tokenizers import kl_vae
@@ -196,7 +197,7 @@ class UniFluid(nn.Module):
 # ---------------------------------------------------------------- the two training sequences
 
 
-def _apply(net: UniFluid, params, method, *args):
+def apply(net: UniFluid, params, method, *args):
     """Run one method of the module on the trainable part of the parameters."""
     own = {k: v for k, v in params.items() if k != "vae"}
     return net.apply({"params": own}, *args, method=method)
@@ -209,14 +210,17 @@ def head(net: UniFluid, params) -> dh.Head:
 
 
 def generation_prefix(net: UniFluid, params, tokens, length, *, source=None, drop=None):
-    """Prefix of a picture: (inputs [b, s, d], valid [b, s]). `drop` rows lose their prompt."""
-    cfg = net.cfg
+    """Prefix of a picture: (inputs [b, s, d], valid [b, s]).
+
+    Rows where `drop` is set get the null prompt: BOS alone, as the empty caption is written, or
+    the learned null token in its place.
+    """
     if drop is not None:
-        length = jnp.where(drop, 1 if cfg.cfg_null == "learned" else 0, length)
-    x = _apply(net, params, "text", tokens, drop)
+        length = jnp.where(drop, 1, length)
+    x = apply(net, params, "text", tokens, drop)
     valid = jnp.arange(tokens.shape[1]) < length[:, None]
     if source is not None:
-        soft = _apply(net, params, "source", *source)
+        soft = apply(net, params, "source", *source)
         x = jnp.concatenate([soft.astype(x.dtype), x], axis=1)
         valid = jnp.concatenate([jnp.ones(soft.shape[:2], bool), valid], axis=1)
     return x, valid
@@ -226,9 +230,9 @@ def generation_states(net: UniFluid, params, prefix, valid, v, order) -> Float[A
     """Teacher forcing: z [b, n, d], the state from which token order[k] is predicted."""
     cfg = net.cfg
     rows, n = order.shape
-    inputs = [prefix, _apply(net, params, "start", order[:, 0])]
+    inputs = [prefix, apply(net, params, "start", order[:, 0])]
     if n > 1:
-        x = _apply(net, params, "visual", v[:, :-1], order[:, :-1], order[:, 1:])
+        x = apply(net, params, "visual", v[:, :-1], order[:, :-1], order[:, 1:])
         inputs.append(x.reshape(rows, (n - 1) * cfg.group, -1))
     length = valid.sum(axis=1)
     image = length[:, None] + jnp.arange(n * cfg.group)
@@ -240,16 +244,14 @@ def generation_states(net: UniFluid, params, prefix, valid, v, order) -> Float[A
         kv_positions=positions,
         kv_valid=jnp.concatenate([valid, jnp.ones_like(image, bool)], axis=1),
     )
-    hidden, _ = _apply(
-        net, params, "trunk", jnp.concatenate(inputs, axis=1), mask, positions
-    )
+    hidden, _ = apply(net, params, "trunk", jnp.concatenate(inputs, axis=1), mask, positions)
     return hidden[:, prefix.shape[1] + cfg.group - 1 :: cfg.group]
 
 
 def understanding_states(net: UniFluid, params, batch) -> Float[Array, "b t d"]:
     """Hidden states at the text tokens of [SigLIP] [BOS question sep] [answer EOS]."""
-    soft = _apply(net, params, "encode_image", batch["und_image"])
-    text = _apply(net, params, "text", batch["und_tokens"])
+    soft = apply(net, params, "encode_image", batch["und_image"])
+    text = apply(net, params, "text", batch["und_tokens"])
     x = jnp.concatenate([soft.astype(text.dtype), text], axis=1)
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     mask = MaskSpec(
@@ -259,7 +261,7 @@ def understanding_states(net: UniFluid, params, batch) -> Float[Array, "b t d"]:
         kv_positions=positions,
         kv_valid=positions < soft.shape[1] + batch["und_length"][:, None],
     )
-    hidden, _ = _apply(net, params, "trunk", x, mask, positions)
+    hidden, _ = apply(net, params, "trunk", x, mask, positions)
     return hidden[:, soft.shape[1] :]
 
 
@@ -288,42 +290,76 @@ def normalised_tokens(cfg: UniFluidConfig, vae, z: Float[Array, "b h w z"]):
     return kl_vae.tokens_from_latents(kl_vae.normalise(z, vae["latents"]), cfg.vae.patch)
 
 
-def image_tokens(cfg: UniFluidConfig, params, batch, keys, name="gen") -> Float[Array, "b n c"]:
-    """Clean tokens v of a batch: fresh posterior noise every step, then normalisation."""
+def image_tokens(
+    cfg: UniFluidConfig, params, batch, noise: Float[Array, "b n c"] | None, name="gen"
+) -> Float[Array, "b n c"]:
+    """Clean tokens v of a batch: fresh posterior noise every step (None: the mean), normalised."""
     vae = params["vae"]
     moments = batch.get(f"{name}_moments")
     if moments is None:
         pixels = batch[f"{name}_image"].astype(jnp.float32) / 127.5 - 1.0
         moments = kl_vae.encode(vae, cfg.vae, pixels)
-    z = kl_vae.sample_posterior(moments, keys)
+    z, logvar = kl_vae.split_moments(moments)
+    if noise is not None:
+        z = z + jnp.exp(0.5 * logvar) * kl_vae.latents_from_tokens(noise, cfg.vae.patch)
     return jax.lax.stop_gradient(normalised_tokens(cfg, vae, z))
 
 
-def visual_loss(net: UniFluid, params, batch, keys, step):
+class Draws(NamedTuple):
+    """Everything random about the generation half of a step, one row per example."""
+
+    order: Int[Array, "b n"]
+    drop: Bool[Array, "b"]  # rows that lose their prompt
+    blind: Bool[Array, "b"]  # rows that lose the picture to edit as well
+    posterior: Float[Array, "b n c"]
+    t: Int[Array, "r b n"]  # r repeats
+    eps: Float[Array, "r b n c"]
+
+
+def draw_noise(cfg: UniFluidConfig, keys, step) -> Draws:
+    """One key per example, so that neither sharding nor micro-batches change a number."""
+    shape = (cfg.diffusion_mul, cfg.tokens, cfg.channels)
+
+    def one(key):
+        normal, coins, steps = jax.random.split(key, 3)
+        # One normal draw: the first slice is posterior noise, the rest are the eps.
+        noise = jax.random.normal(normal, (shape[0] + 1, *shape[1:]))
+        return (
+            noise,
+            jax.random.uniform(coins, (2,)),
+            jax.random.randint(steps, shape[:2], 0, dh.STEPS),
+        )
+
+    noise, coins, t = jax.vmap(one)(keys)
+    drop = coins[:, 0] < cfg.cfg_drop
+    return Draws(
+        order=draw_orders(keys, cfg.tokens, cfg.order, random_share(cfg, step)),
+        drop=drop,
+        blind=drop & (coins[:, 1] < 0.5),
+        posterior=noise[:, 0],
+        t=t.swapaxes(0, 1),
+        eps=noise[:, 1:].swapaxes(0, 1),
+    )
+
+
+def visual_loss(net: UniFluid, params, batch, draws: Draws):
     """Sums over examples and tokens, mean over repeats: (mse, variational bound)."""
     cfg = net.cfg
-    draw = jax.vmap(lambda key: jax.random.split(key, 4))(keys)
-    v = image_tokens(cfg, params, batch, draw[:, 0])
-    order = draw_orders(draw[:, 1], cfg.tokens, cfg.order, random_share(cfg, step))
-    drop = jax.vmap(jax.random.uniform)(draw[:, 2]) < cfg.cfg_drop
-    v = jnp.take_along_axis(v, order[:, :, None], axis=1)
+    v = image_tokens(cfg, params, batch, draws.posterior)
+    v = jnp.take_along_axis(v, draws.order[:, :, None], axis=1)
     source = None
     if "gen_source_image" in batch:
-        clean = jax.vmap(lambda key: jax.random.fold_in(key, 0))(draw[:, 0])
-        source = (batch["gen_source_image"], image_tokens(cfg, params, batch, clean, "gen_source"))
+        source = (batch["gen_source_image"], image_tokens(cfg, params, batch, None, "gen_source"))
     prefix, valid = generation_prefix(
-        net, params, batch["gen_tokens"], batch["gen_length"], source=source, drop=drop
+        net, params, batch["gen_tokens"], batch["gen_length"], source=source, drop=draws.drop
     )
-    z = generation_states(net, params, prefix, valid, v, order)
-    shape = (cfg.diffusion_mul, *v.shape[1:])
-
-    def noise(key):
-        t_key, eps_key = jax.random.split(key)
-        t = jax.random.randint(t_key, shape[:2], 0, 1000)
-        return t, jax.random.normal(eps_key, shape)
-
-    t, eps = jax.vmap(noise, out_axes=1)(draw[:, 3])  # [mul, b, n], [mul, b, n, c]
-    mse, vb = dh.loss(head(net, params), v, z, t, eps, discretised_t0=cfg.discretised_t0)
+    if source is not None:  # the second guidance scale needs rows that saw no source either
+        soft = jnp.arange(valid.shape[1]) < valid.shape[1] - batch["gen_tokens"].shape[1]
+        valid = valid & ~(draws.blind[:, None] & soft)
+    z = generation_states(net, params, prefix, valid, v, draws.order)
+    mse, vb = dh.loss(
+        head(net, params), v, z, draws.t, draws.eps, discretised_t0=cfg.discretised_t0
+    )
     return mse.sum() / cfg.diffusion_mul, vb.sum() / cfg.diffusion_mul
 
 
@@ -353,7 +389,7 @@ def loss(net: UniFluid, params, extra, batch, rng, *, step, norms):
     keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(batch["example"])
     mse = vb = nll = correct = jnp.float32(0)
     if rows := batch["gen_tokens"].shape[0]:
-        mse, vb = visual_loss(net, params, batch, keys[:rows], step)
+        mse, vb = visual_loss(net, params, batch, draw_noise(cfg, keys[:rows], step))
     if batch["und_tokens"].shape[0]:
         weights = answer_weights(batch)
         if cfg.loss_norm == "per_example":
@@ -372,71 +408,7 @@ def loss(net: UniFluid, params, extra, batch, rng, *, step, norms):
     return total, (metrics, extra)
 
 
-# ---------------------------------------------------------------- what samplers call
-
-
-def text_nll(net: UniFluid, params, batch) -> dict[str, Float[Array, "b"]]:
-    """Sums per example over the answer tokens: nll (nats), correct, count."""
-    hidden = understanding_states(net, params, batch)
-    weights = answer_weights(batch)
-    nll, correct = token_nll(
-        hidden.reshape(-1, hidden.shape[-1]),
-        output_table(net, params),
-        next_tokens(batch).reshape(-1),
-        softcap=net.cfg.decoder.final_softcap,
-    )
-    nll, correct = nll.reshape(weights.shape), correct.reshape(weights.shape)
-    return {
-        "nll": (nll * weights).sum(1),
-        "correct": (correct * weights).sum(1),
-        "count": weights.sum(1),
-    }
-
-
-def prefill(net: UniFluid, params, x, valid, cache):
-    """Right-padded prefix inputs [b, s, d] -> (state of the last valid one, length, cache)."""
-    length = valid.sum(axis=1)
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    mask = MaskSpec(
-        causal=True,
-        prefix_length=length if net.cfg.prompt_bidirectional else None,
-        q_positions=positions,
-        kv_positions=positions,
-        kv_valid=valid,
-    )
-    hidden, cache = _apply(net, params, "trunk", x, mask, positions, cache, length)
-    last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    return last, length, cache
-
-
-def extend(net: UniFluid, params, x, pos, cache):
-    """Append inputs [b, g, d] at positions pos.. [b] -> (state of the last one [b, d], cache)."""
-    positions = pos[:, None] + jnp.arange(x.shape[1])
-    hidden, cache = _apply(net, params, "trunk", x, None, positions, cache)
-    return hidden[:, -1], cache
-
-
-def understanding_prefix(net: UniFluid, params, image, tokens, length):
-    """Prefix of an answer: SigLIP tokens, then right-padded BOS question sep."""
-    soft = _apply(net, params, "encode_image", image)
-    text = _apply(net, params, "text", tokens)
-    valid = jnp.arange(tokens.shape[1]) < length[:, None]
-    valid = jnp.concatenate([jnp.ones(soft.shape[:2], bool), valid], axis=1)
-    return jnp.concatenate([soft.astype(text.dtype), text], axis=1), valid
-
-
-def decode_latents(net: UniFluid, params, tokens) -> Float[Array, "b h w 3"]:
-    """Raster image tokens [b, n, c] -> pictures in about [-1, 1]."""
-    vae, cfg = params["vae"], net.cfg
-    z = kl_vae.latents_from_tokens(tokens, cfg.vae.patch)
-    return kl_vae.decode(vae, cfg.vae, kl_vae.denormalise(z, vae["latents"]))
-
-
-def encode_latents(net: UniFluid, params, images) -> Float[Array, "b n c"]:
-    """Pictures in [-1, 1] -> raster image tokens (posterior mean)."""
-    vae, cfg = params["vae"], net.cfg
-    mean = kl_vae.posterior_mean(kl_vae.encode(vae, cfg.vae, images))
-    return normalised_tokens(cfg, vae, mean)
+# ---------------------------------------------------------------- from a config
 
 
 def read_config(config) -> UniFluidConfig:
@@ -474,90 +446,4 @@ def read_config(config) -> UniFluidConfig:
         channels=vae.channels,
         anneal=tuple(m.anneal),
         **{name: m[name] for name in own},
-    )
-
-
-def batch_spec(config, cfg: UniFluidConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """One global mixed batch: generation rows (gen_*) and understanding rows (und_*)."""
-    d, m = config.data, config.model
-    mix = d.mix.t2i + d.mix.caption + d.mix.vqa
-    gen = round(config.batch_size * d.mix.t2i / mix)
-    und = config.batch_size - gen
-    side = m.image_size // cfg.vae.stride
-
-    def ints(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    def pixels(rows, size):
-        return jax.ShapeDtypeStruct((rows, size, size, 3), jnp.uint8)
-
-    moments = jax.ShapeDtypeStruct((gen, side, side, 2 * cfg.vae.z), jnp.float32)
-    spec = {
-        "gen_tokens": ints(gen, d.prompt_length),
-        "gen_length": ints(gen),
-        "und_image": pixels(und, cfg.vit.image_size),
-        "und_tokens": ints(und, d.text_length),
-        "und_prefix": ints(und),
-        "und_length": ints(und),
-    }
-    names = ("gen", "gen_source") if d.edit else ("gen",)
-    for name in names:
-        if d.latents:
-            spec[f"{name}_moments"] = moments
-        else:
-            spec[f"{name}_image"] = pixels(gen, m.image_size)
-    if d.edit:
-        spec["gen_source_image"] = pixels(gen, cfg.vit.image_size)
-    return spec
-
-
-def build(config) -> Model:
-    """The flagship behind the seam of models/__init__.py."""
-    cfg = read_config(config)
-    net = UniFluid(cfg, jnp.dtype(config.precision), config.remat)
-
-    def init(rng):
-        own, vae = jax.random.split(rng)
-        size = cfg.vit.image_size
-        image, tokens = jnp.zeros((1, size, size, 3), jnp.uint8), jnp.zeros((1, 1), jnp.int32)
-        return {**net.init(own, image, tokens)["params"], "vae": kl_vae.init(vae, cfg.vae)}, {}
-
-    def init_caches(batch, max_len):
-        return init_cache(cfg.decoder, batch, max_len, jnp.dtype(config.precision))
-
-    def logits(params, batch):
-        hidden = understanding_states(net, params, batch)
-        return _apply(net, params, "logits", hidden)
-
-    def bind(function):
-        return functools.partial(function, net)
-
-    def method(name):
-        return lambda params, *args: _apply(net, params, name, *args)
-
-    predict = {
-        "text_nll": bind(text_nll),
-        "logits": logits,
-        "init_cache": init_caches,
-        "prefill": bind(prefill),
-        "extend": bind(extend),
-        "generation_prefix": bind(generation_prefix),
-        "generation_states": bind(generation_states),
-        "understanding_prefix": bind(understanding_prefix),
-        "decode_latents": bind(decode_latents),
-        "encode_latents": bind(encode_latents),
-        "text": method("text"),
-        "to_logits": method("logits"),
-        "start": method("start"),
-        "visual": method("visual"),
-        "head": bind(head),
-        "draw_orders": lambda keys, order: draw_orders(keys, cfg.tokens, order),
-    }
-    return Model(
-        init=init,
-        loss=functools.partial(loss, net),
-        norms=functools.partial(norms, cfg),
-        predict=predict,
-        batches={"image_text": batch_spec(config, cfg)},
-        weights=None,
     )

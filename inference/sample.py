@@ -1,0 +1,144 @@
+"""What a unified model says and draws for a user's prompts and pictures, written as files."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from inference import drawing, unified
+from input_pipeline import layout
+
+SAMPLER_KEYS = (
+    "guidance", "image_guidance", "steps", "temperature", "schedule", "order", "x0_clip"
+)  # fmt: skip
+
+
+def write(config, model, params, *, tokenizer, step, rng, workdir) -> None:
+    """Draw config.sample.prompts into samples/prompts-<step>.png, as the loop does on its way."""
+    prompts = list(config.sample.prompts)
+    pictures = draw(config, model, params, tokenizer, prompts, rng)
+    folder = Path(workdir) / "samples"
+    if jax.process_index() == 0:
+        _sheet(folder / f"prompts-{step}.png", f"step {step}", prompts, pictures.images)
+
+
+def respond(config, model, params, *, tokenizer, step, rng, workdir, prompts, images) -> list[Path]:
+    """Mode sample: prompts become pictures; pictures get captions, answers or edits.
+
+    Without pictures every prompt is drawn. With pictures every prompt is a question about each of
+    them (an edit where the config trains edits), and no prompt asks for captions.
+    Returns the files written.
+    """
+    folder = Path(workdir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    common = (config, model, params, tokenizer)
+    if not images:
+        prompts = prompts or list(config.sample.prompts)
+        if not prompts:
+            raise ValueError("nothing to draw: give --prompt=TEXT or set config.sample.prompts")
+        return _write_drawn(*common, prompts, rng, folder, step)
+    if config.data.get("edit") and prompts:
+        return _write_edits(*common, prompts, images, rng, folder, step)
+    return _write_answers(*common, prompts, images, folder, step)
+
+
+def draw(config, model, params, tokenizer, prompts, rng, source=None) -> unified.Pictures:
+    """One picture per prompt with the sampler settings of config.sample."""
+    encoded = [layout.encode_prompt(tokenizer, p, config.data.prompt_length) for p in prompts]
+    for prompt, one in zip(prompts, encoded):
+        if one.truncated:
+            print(f"prompt cut to {config.data.prompt_length} tokens: {prompt!r}")
+    return unified.generate_images(
+        model,
+        params,
+        np.stack([e.tokens for e in encoded]),
+        np.array([e.length for e in encoded], np.int32),
+        rng,
+        source=source,
+        **{key: config.sample[key] for key in SAMPLER_KEYS},
+    )
+
+
+def answer(config, model, params, tokenizer, pictures, questions) -> list[str]:
+    """Greedy answers, one per (picture uint8 [s, s, 3], question)."""
+    encoded = [layout.encode_question(tokenizer, q, config.data.text_length) for q in questions]
+    ids = unified.generate_text(
+        model,
+        params,
+        np.stack(pictures),
+        np.stack([e.tokens for e in encoded]),
+        np.array([e.length for e in encoded], np.int32),
+        max_new=config.sample.max_new,
+    )
+    return [tokenizer.decode(row.tolist()) for row in np.asarray(ids)]
+
+
+def read_picture(path: str, size: int) -> np.ndarray:
+    """uint8 [size, size, 3] of a file; transparency is put on white."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--image={path} is not a file")
+    try:
+        with Image.open(path) as image:
+            rgba = image.convert("RGBA")
+    except OSError as error:
+        raise ValueError(f"--image={path} is not a picture that can be read") from error
+    white = Image.new("RGBA", rgba.size, "white")
+    white.alpha_composite(rgba)
+    return np.asarray(white.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _write_drawn(config, model, params, tokenizer, prompts, rng, folder, step):
+    pictures = draw(config, model, params, tokenizer, prompts, rng)
+    sheet = _sheet(folder / f"sample-{step}.png", f"step {step}", prompts, pictures.images)
+    files = [sheet]
+    for i, image in enumerate(np.asarray(pictures.images)):
+        files.append(folder / f"sample-{step}-{i}.png")
+        Image.fromarray(image).save(files[-1])
+    record = [
+        {"prompt": p, "file": f.name, "order": o.tolist()}
+        for p, f, o in zip(prompts, files[1:], np.asarray(pictures.order))
+    ]
+    files.append(folder / f"sample-{step}.json")
+    files[-1].write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    return files
+
+
+def _write_answers(config, model, params, tokenizer, prompts, images, folder, step):
+    questions = prompts or [layout.caption_question(lang) for lang in config.data.langs]
+    size = config.data.und_size or config.data.image_size
+    asked = [(path, question) for path in images for question in questions]
+    pictures = {path: read_picture(path, size) for path in images}
+    said = answer(
+        config, model, params, tokenizer, [pictures[p] for p, _ in asked], [q for _, q in asked]
+    )
+    lines = [f"{path}\t{question}\t{text}" for (path, question), text in zip(asked, said)]
+    print("\n".join(lines))
+    out = folder / f"sample-{step}.txt"
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return [out]
+
+
+def _write_edits(config, model, params, tokenizer, prompts, images, rng, folder, step):
+    asked = [(path, prompt) for path in images for prompt in prompts]
+    generate, see = config.model.image_size, config.data.und_size or config.data.image_size
+    seen = np.stack([read_picture(path, see) for path, _ in asked])
+    before = np.stack([read_picture(path, generate) for path, _ in asked])
+    tokens = model.predict["encode_latents"](params, before.astype(np.float32) / 127.5 - 1.0)
+    pictures = draw(
+        config, model, params, tokenizer, [p for _, p in asked], rng, source=(seen, tokens)
+    )
+    cells = [
+        ((old, new), prompt)
+        for old, new, (_, prompt) in zip(before, np.asarray(pictures.images), asked)
+    ]
+    out = folder / f"edit-{step}.png"
+    drawing.picture_grid(out, f"step {step}: before, after", [("edits", cells)], columns=4)
+    return [out]
+
+
+def _sheet(path, title, prompts, images) -> Path:
+    cells = [((image,), prompt) for image, prompt in zip(np.asarray(images), prompts)]
+    drawing.picture_grid(path, title, [("drawn from the captions", cells)], columns=8)
+    return path
