@@ -41,3 +41,20 @@ def data_config(**overrides) -> ml_collections.ConfigDict:
     )
     config.update(overrides)
     return config
+
+
+def curate_config(**overrides) -> ml_collections.ConfigDict:
+    """Returns the defaults of config.data.curate (task curate) with overrides applied."""
+    config = ml_collections.ConfigDict(
+        dict(
+            min_size=64,  # shorter side in pixels
+            max_aspect=3.0,  # longer side over shorter side
+            min_chars=3,  # of a caption; shorter and longer ones are dropped one by one
+            max_chars=500,
+            near=4,  # near duplicates: bits of 64 in which their hashes may differ ...
+            near_levels=1.5,  # ... and mean difference of their thumbnails, of 255 levels
+            size=256,  # larger pictures are cropped and shrunk to this side; 0 = kept as they are
+        )
+    )
+    config.update(overrides)
+    return config

@@ -109,7 +109,7 @@ def load(data, path: Path, split: str, size: int) -> Examples:
 @functools.lru_cache(maxsize=16)
 def _load(path: Path, split: str, size: int, max_unreadable: int, cache_mb: int) -> Examples:
     source = records.open_source(path, split)
-    skipped = Skipped(max_unreadable)
+    skipped = Skipped(max_unreadable, records.noted_skips(path))
     in_memory = len(source) * size * size * 3 <= cache_mb * 2**20
     items, images, rows = [], [], []
     for row, example in source.readable(skipped):

@@ -5,6 +5,7 @@ wanted questions and split) or from a `.txt` beside each picture. A folder that 
 read as it is.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -18,7 +19,6 @@ from input_pipeline.records import Question, Skipped
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 TRANSLATION = re.compile(r"^([a-z]{2})(?:_[A-Z]{2})?\.utf8=(.*)$")  # as in Tux Paint's stamps
-UNREADABLE = "unreadable.json"
 
 
 class Entry(NamedTuple):
@@ -133,26 +133,27 @@ def _fingerprint(folder: Path, entries: list[Entry]) -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.lru_cache(maxsize=4)
+def _scanned(folder: Path) -> tuple[list[Entry], str]:
+    entries = scan(folder)  # once per process: a large folder takes seconds
+    return entries, _fingerprint(folder, entries)
+
+
 def prepare(data, size: int) -> Path:
     """Folder of the stored set; made again when a file or a caption changes."""
     folder = root(data)
     if (folder / "dataset_info.json").is_file():
         return folder
-    entries = scan(folder)
+    entries, fingerprint = _scanned(folder)
 
     def make(path: Path) -> None:
         skipped = Skipped(data.max_unreadable)
         records.write(path, Folder, folder=folder, entries=entries, size=size, skipped=skipped)
-        (path / UNREADABLE).write_text(json.dumps(skipped.names))
+        records.note_skipped(path, skipped)
 
-    return store.prepare_once(data, f"folder-{_fingerprint(folder, entries)}-{size}px", make)
+    return store.prepare_once(data, f"folder-{fingerprint}-{size}px", make)
 
 
 def load(data, split: str, size: int) -> Examples:
     """The readable pictures of one split; files skipped on preparation stay counted."""
-    path = prepare(data, size)
-    found = examples.load(data, path, split, size)
-    noted = path / UNREADABLE
-    names = json.loads(noted.read_text()) if noted.is_file() else []
-    counts = found.counts | {"unreadable": found.counts.get("unreadable", 0) + len(names)}
-    return Examples(found.items, found.pictures, counts)
+    return examples.load(data, prepare(data, size), split, size)

@@ -50,16 +50,21 @@ def _caption(raw: str) -> str:
     return raw.strip(":").replace("_", " ")
 
 
-def _names(characters: str, raw: dict[str, str]) -> dict[str, str]:
+def _names(text: str, raw: dict[str, str]) -> dict[str, str]:
     names = {lang: _caption(raw[lang]) for lang in emoji.LANGUAGES if lang in raw}
-    if all(ord(c) in FLAGS for c in characters):  # named by the country alone
+    if all(ord(c) in FLAGS for c in text):  # named by the country alone
         names["en"] = "flag of " + names["en"]
     return names
 
 
-def base_glyph(characters: str) -> str:
+def base_glyph(text: str) -> str:
     """The characters without skin tones: what all twins share."""
-    return "".join(c for c in characters if ord(c) not in TONES)
+    return "".join(c for c in text if ord(c) not in TONES)
+
+
+def has_tone(glyph_id: str) -> bool:
+    """Whether a drawing (by file name stem) is a variant by skin tone."""
+    return not TONES.isdisjoint(int(c, 16) for c in glyph_id.split("-"))
 
 
 def split_of(text: str) -> str:
@@ -68,7 +73,8 @@ def split_of(text: str) -> str:
     return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
-def _characters(code_points: str) -> str:
+def characters(code_points: str) -> str:
+    """'1F40C' or '1F468-200D-1F33E' as text, without variation selectors."""
     return "".join(chr(int(c, 16)) for c in code_points.split("-")).replace(VARIATION, "")
 
 
@@ -83,16 +89,16 @@ def all_glyphs() -> tuple[Glyph, ...]:
         for lang in emoji.LANGUAGES:
             if lang in entry:
                 merged.setdefault(lang, entry[lang])
-    categories = {_characters(e["unicode"]): e["category"] for e in twemoji_db.emoji.values()}
+    categories = {characters(e["unicode"]): e["category"] for e in twemoji_db.emoji.values()}
     glyphs = []
     for path in sorted(get_openmoji_svg_data().iterdir(), key=lambda p: p.name):
         if path.suffix != ".svg":  # compressed twins lie beside each drawing
             continue
-        characters = _characters(path.stem)
-        if characters in raw:
-            names = _names(characters, raw[characters])
-            category = categories.get(characters, "other")
-            split = split_of(base_glyph(characters))
+        text = characters(path.stem)
+        if text in raw:
+            names = _names(text, raw[text])
+            category = categories.get(text, "other")
+            split = split_of(base_glyph(text))
             glyphs.append(Glyph(path.stem, path, names, category, split))
     return tuple(glyphs)
 
@@ -152,9 +158,8 @@ def keep(data) -> Callable[[records.Example], bool]:
             )
 
     def kept(example: records.Example) -> bool:
-        toned = not TONES.isdisjoint(int(c, 16) for c in example.id.split("-"))
         right = "all" in data.categories or example.category in data.categories
-        return right and (data.skin_tones or not toned)
+        return right and (data.skin_tones or not has_tone(example.id))
 
     return kept
 

@@ -22,6 +22,7 @@ from PIL import Image
 from input_pipeline import store
 
 tfds.disable_progress_bar()
+UNREADABLE = "unreadable.json"
 
 
 class Question(NamedTuple):
@@ -137,6 +138,18 @@ class Skipped:
                 f"config.data.max_unreadable={self.limit} is passed: {len(self.names)} are "
                 f"unreadable, the first is {self.names[0]}"
             )
+
+
+def note_skipped(path: Path, skipped: Skipped) -> None:
+    """Keeps the names of the files that preparation skipped beside the set."""
+    (path / UNREADABLE).write_text(json.dumps(skipped.names))
+
+
+def noted_skips(path: Path) -> dict[str, int]:
+    """{"unreadable": n} of the files that preparation skipped, {} for none."""
+    noted = path / UNREADABLE
+    names = json.loads(noted.read_text()) if noted.is_file() else []
+    return {"unreadable": len(names)} if names else {}
 
 
 class Source:

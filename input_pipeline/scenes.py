@@ -148,6 +148,11 @@ def make_scene(names: dict[str, str], *, seed: int, index: int, size: int, split
     return Scene(image, caption(made), asked, made.colour, made.items, made.kind)
 
 
+def describe(names: dict[str, str], *, seed: int, index: int, split: str) -> str:
+    """The caption of a scene without drawing it."""
+    return caption(plan(names, np.random.default_rng([seed, KIND_SALT[split], index]), split))
+
+
 def phrases() -> list[str]:
     """Texts with every word that captions, questions and instructions of scenes are made of."""
     words = ["how many ?", "how many things are there?", "what colour is the background?"]

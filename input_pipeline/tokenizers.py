@@ -5,7 +5,6 @@ tokenizer are Gemma's: PAD 0, EOS 1, BOS 2, and BOI 3 (in Gemma itself an `<unus
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -112,27 +111,25 @@ def load(data) -> TextTokenizer:
     """The tokenizer that the config names, trained and kept beside the data when it names none."""
     if data.tokenizer:
         return load_file(data.tokenizer)
-    texts = corpus.tokenizer_texts(data)
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
-    key = f"tokenizer-{data.vocab_size}-{digest}.json"
+    key = f"tokenizer-{data.vocab_size}-{corpus.fingerprint(data)}.json"
 
     def make(path: Path) -> None:
-        train_bpe(texts, data.vocab_size).save(str(path))
+        train_bpe(corpus.texts(data), data.vocab_size).save(str(path))
 
     return load_file(str(store.prepare_once(data, key, make)))
 
 
-def train(config, workdir: str) -> dict[str, float]:
+def run(config, workdir) -> dict[str, float]:
     """Task "tokenizer": trains on the texts of config.data, writes tokenizer.json and a report."""
-    texts = corpus.tokenizer_texts(config.data)
+    by_language = corpus.by_language(config.data)
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = TextTokenizer(train_bpe(texts, config.data.vocab_size))
+    tokenizer = TextTokenizer(train_bpe(corpus.texts(config.data), config.data.vocab_size))
     tokenizer.save(out / "tokenizer.json")
-    report = {"vocab_size": tokenizer.vocab_size, "texts": len(texts)}
+    report = {"vocab_size": tokenizer.vocab_size, "texts": sum(map(len, by_language.values()))}
     report |= {
         f"bytes_per_token/{lang}": _bytes_per_token(tokenizer, some)
-        for lang, some in corpus.by_language(config.data).items()
+        for lang, some in by_language.items()
     }
     (out / "tokenizer.report.json").write_text(json.dumps(report, indent=1) + "\n")
     logging.info("wrote %s: %s", out / "tokenizer.json", report)
