@@ -20,6 +20,7 @@ from input_pipeline.records import Question
 SEED = 0  # stored sets are drawn once from this seed
 KINDS = ("count", "pair", "mixed")
 SIDES = {"above": ("top", "bottom"), "left of": ("left", "right")}
+GRAMMAR = frozenset({"and", "with", "on", "above", "left"})  # names with these would be ambiguous
 KIND_SALT = {"train": 0, "validation": 1, "test": 2}
 
 
@@ -74,6 +75,7 @@ def _plain(glyph: openmoji.Glyph) -> bool:
         and len(english) <= 20
         and english.isascii()
         and english.replace(" ", "").isalpha()
+        and GRAMMAR.isdisjoint(english.split())
     )
 
 

@@ -29,6 +29,7 @@ class TextTokenizer:
     """encode and decode, without special tokens, and the ids of the special tokens."""
 
     def __init__(self, inner: tokenizers.Tokenizer, name: str = "tokenizer"):
+        inner.encode_special_tokens = True  # "<eos>" in a user's text is text, not the mark
         self.inner = inner
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.pad, self.eos, self.bos, self.boi = (self._special(n, name) for n in ALIASES)
