@@ -47,13 +47,13 @@ def load_vae(config, path: Path):
     """(params, sizes) of the autoencoder config.model.vae from a safetensors file or folder."""
     from export import weights
     from models import sized
-    from models.tokenizers import kl_vae
+    from models.tokenizers import kl_vae, kl_vae_weights
 
     cfg = sized(kl_vae.SIZES, config.model.vae, "model.vae")
     abstract = jax.eval_shape(lambda: kl_vae.init(jax.random.key(0), cfg))
     tensors = weights.load_safetensors(path)
     try:
-        return weights.from_published(tensors, weights.flat_map(abstract), abstract), cfg
+        return weights.from_published(tensors, kl_vae_weights.weight_map(cfg), abstract), cfg
     except ValueError as error:
         raise ValueError(f"config.data.latents={str(path)!r}: {error}") from None
 

@@ -22,6 +22,8 @@ FREE = {
     *("tensorboard", "wandb", "profile"),
 }
 
+USED = ("params", "ema", "extra")  # parts of a state that evaluation and samples need
+
 
 class Setup(NamedTuple):
     """A run before its first step."""
@@ -142,7 +144,7 @@ def load_for_use(config, workdir: Path, step: int | None = None):
     The optimiser's state is never read.
     """
     run = prepare(config)
-    like = {k: run.plan.state[k] for k in ("params", "ema") if k in run.plan.state}
+    like = {k: run.plan.state[k] for k in USED if k in run.plan.state}
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", write=False)
     try:
         with scope(run.mesh):
@@ -164,7 +166,14 @@ def load_for_use(config, workdir: Path, step: int | None = None):
 
 
 def use_params(run: Setup, values: Any, frozen: Any) -> Any:
-    """Parameters for evaluation and samples out of a state (its averages, when it has them)."""
-    return jax.jit(lambda s, f: run.objective.model_params(ema.merge(s), f))(
-        {k: values[k] for k in ("params", "ema") if k in values}, frozen
-    )
+    """Parameters for evaluation and samples out of a state (its averages, when it has them).
+
+    A model whose parameters hold running statistics writes them in with predict["finalise"].
+    """
+
+    def use(values, frozen):
+        params = run.objective.model_params(ema.merge(values), frozen)
+        finalise = run.model.predict.get("finalise")
+        return finalise(params, values["extra"]) if finalise else params
+
+    return jax.jit(use)({k: values[k] for k in USED if k in values}, frozen)
