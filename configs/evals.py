@@ -20,6 +20,7 @@ def eval_config(**overrides) -> ml_collections.ConfigDict:
             questions=192,  # questions about held-out scenes
             prompts=64,  # captions per split to draw; retrieval, kid and sheets share them
             prompt_languages=("en",),  # of those captions, in turn
+            language_glyphs=3,  # training pictures asked for in every language of the data
             draw_batch=128,  # pictures per compiled call of the sampler
             candidates=64,  # retrieval: the own glyph and this minus one others
             classifier="",  # weights of the glyph classifier; "" takes the shipped ones

@@ -51,6 +51,11 @@ def can_draw(text: str) -> bool:
     return _font_path(text) is not None
 
 
+def label(lang: str, text: str) -> str:
+    """A caption with its language; a note where no font here has its script."""
+    return f"{lang}: {text if can_draw(text) else '(no font for this script)'}"
+
+
 def _prepare(text: str, size: int):
     """(drawable text, font): what no font can draw is written as escapes."""
     path = _font_path(text)
@@ -64,7 +69,9 @@ def _write(draw, xy, line: Line, size: int, width: int, most: int) -> None:
     """Text broken into at most `most` lines of `width` pixels."""
     text, font = _prepare(" ".join(line.text.split()), size)
     letters = max(4, int(width / max(font.getlength(text) / max(len(text), 1), 1)))
-    lines = textwrap.wrap(text, letters, max_lines=most, placeholder="…") or [""]
+    lines = textwrap.wrap(text, letters)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1][: letters - 1] + "…"]
     for i, part in enumerate(lines):
         draw.text((xy[0], xy[1] + i * (size + 4)), part, fill=line.colour, font=font)
 

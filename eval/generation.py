@@ -22,7 +22,11 @@ SAMPLER_KEYS = (
 
 
 class Drawn(NamedTuple):
-    """Captions with their real and their generated pictures; split is "train" or "held_out"."""
+    """Captions with their real and their generated pictures.
+
+    split is "train", "held_out" or "languages" (a few training pictures asked for in every
+    language; only the sheets show them).
+    """
 
     captions: list[str]
     split: np.ndarray  # str [n]
@@ -68,25 +72,36 @@ def draw(config, model, params, captions, rng, *, source=None) -> np.ndarray:
     return np.concatenate(images)
 
 
+def _chosen(glyphs, rows, captions, split: str) -> Drawn:
+    """Captions of rows of the data, with `images` still empty."""
+    real = glyphs.pictures.gather(np.asarray(rows, np.int64))
+    group = np.array([data.group_of(glyphs, r) for r in rows], np.int64)
+    return Drawn(captions, np.array([split] * len(rows)), group, real, real[:0])
+
+
 def prompts(config) -> Drawn:
     """The captions that every evaluation of this config draws, with `images` still empty."""
-    options = config.evaluation
-    parts = []
-    for name in data.SPLITS:
-        glyphs = data.captioned(config, name, config.data.image_size)
+    options, parts = config.evaluation, []
+    langs = data.languages(config, options.prompt_languages)
+    for split in data.SPLITS:
+        glyphs = data.captioned(config, split, config.data.image_size)
         rows = data.one_per_group(glyphs, options.prompts, options.seed)
-        if not len(rows):
-            continue
-        langs = data.languages(config, options.prompt_languages)
-        captions = [
-            data.caption(glyphs.items[r], langs[i % len(langs)]) for i, r in enumerate(rows)
-        ]
-        group = np.array([data.group_of(glyphs, r) for r in rows])
-        split = np.array([name] * len(rows))
-        parts.append((captions, split, group, glyphs.pictures.gather(rows)))
-    captions = [c for part in parts for c in part[0]]
-    split, group, real = (np.concatenate(x) for x in list(zip(*parts))[1:])
-    return Drawn(captions, split, group, real, np.zeros((0, *real.shape[1:]), np.uint8))
+        if len(rows):
+            asked = [
+                data.caption(glyphs.items[r], langs[i % len(langs)]) for i, r in enumerate(rows)
+            ]
+            parts.append(_chosen(glyphs, rows, asked, split))
+        if split == "train":
+            every = config.data.langs
+            whole = [r for r in rows if all(k in glyphs.items[r].captions for k in every)]
+            whole = whole[: options.language_glyphs]
+            asked = [glyphs.items[r].captions[k] for r in whole for k in every]
+            several = _chosen(glyphs, np.repeat(whole, len(every)), asked, "languages")
+    parts += [several] if several.captions else []
+    return Drawn(
+        [c for p in parts for c in p.captions],
+        *(np.concatenate([p[i] for p in parts]) for i in range(1, len(Drawn._fields))),
+    )
 
 
 def drawn(config, model, params, *, step, rng, workdir) -> Drawn:

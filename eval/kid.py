@@ -43,15 +43,19 @@ def build(config):
             return {}
         drawn = generation.drawn(config, model, params, step=step, rng=rng, workdir=workdir)
         reference = _reference(config, drawn)
-        apply = _network()
+        apply, batch = _network(), min(32, options.batch)  # VGG16 is slow: little padding
 
         def features(images):
             return common.in_batches(
-                apply, len(images), options.batch, lambda i: common.to_float(images[i])
+                apply, len(images), batch, lambda i: common.to_float(images[i])
             )
 
-        kid, real = distances(*map(features, (drawn.images, drawn.real, reference)))
-        return {"kid": kid, "kid_real": real, "pictures": float(len(drawn.images))}
+        images, truth = (
+            np.concatenate([getattr(drawn.of(split), field) for split in drawn.splits()])
+            for field in ("images", "real")
+        )
+        kid, real = distances(*map(features, (images, truth, reference)))
+        return {"kid": kid, "kid_real": real, "pictures": float(len(images))}
 
     return evaluate
 

@@ -1,7 +1,7 @@
 """Pictures a person can look at: drawn captions, captions and answers about real pictures, curves.
 
-Writes samples/generated-<step>.png, samples/understanding-<step>.png (and .txt with every script in
-full, since a machine may lack fonts) and samples/curves.png.
+Writes into samples/: generated-<step>.png, languages-<step>.png, understanding-<step>.png (and .txt
+with every script in full, since a machine may lack fonts) and curves.png.
 """
 
 from pathlib import Path
@@ -26,6 +26,7 @@ def build(config):
         answered = _answered_rows(config, model, params)
         if jax.process_index() == 0:
             generated_sheet(folder / f"generated-{step}.png", drawn, step, config.evaluation.sheet)
+            languages_sheet(folder / f"languages-{step}.png", config, drawn, step)
             path = folder / f"understanding-{step}.png"
             understanding_sheet(path, captioned, answered, step)
             curves(folder / "curves.png", Path(workdir) / "metrics.jsonl")
@@ -48,6 +49,22 @@ def generated_sheet(path, drawn, step, most: int, columns: int = 6) -> None:
         sections.append((headings[split], cells[:most]))
     title = f"step {step}: drawn by the model (left) beside the real picture (right)"
     drawing.picture_grid(path, title, sections, columns=columns)
+
+
+def languages_sheet(path, config, drawn, step) -> None:
+    """The same few pictures asked for in every language; nothing where there is one language."""
+    part, langs = drawn.of("languages"), config.data.langs
+    if len(part.captions) <= 1 or len(langs) == 1:
+        return
+    sections = []
+    for group in dict.fromkeys(part.group.tolist()):
+        rows = np.flatnonzero(part.group == group)
+        cells = [((part.real[rows[0]],), "real")]
+        for lang, r in zip(langs, rows):
+            cells.append(((part.images[r],), drawing.label(lang, part.captions[r])))
+        sections.append((part.captions[rows[0]], cells))
+    title = f"step {step}: training pictures drawn from their names in every language"
+    drawing.picture_grid(path, title, sections, columns=-(-(len(langs) + 1) // 2))
 
 
 def _captioned_rows(config, model, params) -> list:
@@ -95,8 +112,7 @@ def understanding_sheet(path, captioned, answered, step) -> None:
         shown = [drawing.Line(f"{name}  ({split.replace('_', ' ')})", drawing.GREY)]
         for lang, said, right in lines:
             colour = drawing.GOOD if said in right else drawing.BAD
-            if said in right or drawing.can_draw(said):
-                shown.append(drawing.Line(f"{lang}: {said}", colour))
+            shown.append(drawing.Line(drawing.label(lang, said), colour))
             texts.append(f"{split}\t{lang}\t{said}\t{' | '.join(right)}")
         rows.append((picture, shown))
     for picture, question, said, right in answered:

@@ -54,7 +54,8 @@ def config(folder, tmp_path_factory, monkeypatch):
         ),
         evaluation=dict(
             batch=8, captions=10, questions=12, prompts=10, draw_batch=8, candidates=16,
-            languages=("en", "de", "ja"), pictures=10, sheet=6, sheet_languages=("en", "de"),
+            languages=("en", "de", "ja"), pictures=10, language_glyphs=2,
+            sheet=6, sheet_languages=("en", "de"),
         ),
         sample=dict(guidance=2.0, steps=3, unknown_to_the_sampler=1),
     )  # fmt: skip

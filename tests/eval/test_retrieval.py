@@ -52,7 +52,7 @@ def test_pictures_are_drawn_once_and_shared(config, oracle, params, tmp_path):
     first = generation.drawn(config, oracle.model, params, **arguments)
     calls = len(oracle.calls)
     again = generation.drawn(config, oracle.model, params, **arguments)
-    assert len(oracle.calls) == calls == 3  # 20 captions in padded calls of 8
+    assert len(oracle.calls) == calls == 3  # 10 + 10 + 2 x 2 captions, 8 per call
     np.testing.assert_array_equal(first.images, again.images)
     np.testing.assert_array_equal(first.images, first.real)
     generation.drawn(config, oracle.model, params | {"nats": params["nats"] + 1}, **arguments)

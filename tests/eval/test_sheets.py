@@ -17,7 +17,7 @@ def test_sheets_and_texts_are_written(config, oracle, params, tmp_path):
     metrics = evaluate(oracle.model, params, step=3, rng=jax.random.key(0), workdir=tmp_path)
     assert metrics == {}
     folder = tmp_path / "samples"
-    for name in ("generated-3.png", "understanding-3.png", "curves.png"):
+    for name in ("generated-3.png", "languages-3.png", "understanding-3.png", "curves.png"):
         with Image.open(folder / name) as image:
             assert min(image.size) > 150
     text = (folder / "understanding-3.txt").read_text()
