@@ -122,6 +122,21 @@ def _compiled_images(functions, guidance, image_guidance, steps, schedule, order
     return jax.jit(run)
 
 
+def compiled_images(
+    model, *, guidance, steps, schedule, order, x0_clip, image_guidance: float = 1.0
+):
+    """run(params, tokens, lengths, source, keys, temperature) -> Pictures, jitted and kept."""
+    return _compiled_images(
+        tuple(model.predict.items()),
+        float(guidance),
+        float(image_guidance),
+        steps,
+        schedule,
+        order,
+        x0_clip,
+    )
+
+
 def generate_images(
     model,
     params,
@@ -145,14 +160,14 @@ def generate_images(
     source: (pictures uint8 [b, s, s, 3], tokens [b, n, c]) to edit.
     """
     keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(tokens.shape[0]))
-    run = _compiled_images(
-        tuple(model.predict.items()),
-        float(guidance),
-        float(image_guidance),
-        steps,
-        schedule,
-        order,
-        x0_clip,
+    run = compiled_images(
+        model,
+        guidance=guidance,
+        image_guidance=image_guidance,
+        steps=steps,
+        schedule=schedule,
+        order=order,
+        x0_clip=x0_clip,
     )
     return run(params, tokens, lengths, source, keys, jnp.float32(temperature))
 

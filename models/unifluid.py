@@ -226,6 +226,15 @@ def generation_prefix(net: UniFluid, params, tokens, length, *, source=None, dro
     return x, valid
 
 
+def prompt_mask(cfg: UniFluidConfig, valid: Bool[Array, "b s"]) -> MaskSpec:
+    """Mask of a right-padded prefix alone, as it is cached before generation."""
+    return MaskSpec(
+        causal=True,
+        prefix_length=valid.sum(axis=1) if cfg.prompt_bidirectional else None,
+        kv_valid=valid,
+    )
+
+
 def generation_states(net: UniFluid, params, prefix, valid, v, order) -> Float[Array, "b n d"]:
     """Teacher forcing: z [b, n, d], the state from which token order[k] is predicted."""
     cfg = net.cfg

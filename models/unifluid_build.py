@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.attention import MaskSpec
 from models import Model, unifluid
 from models.blocks.decoder import init_cache
 from models.blocks.losses import token_nll
@@ -36,13 +35,7 @@ def prefill(net: UniFluid, params, x, valid, cache):
     """Right-padded prefix inputs [b, s, d] -> (state of the last valid one, length, cache)."""
     length = valid.sum(axis=1)
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    mask = MaskSpec(
-        causal=True,
-        prefix_length=length if net.cfg.prompt_bidirectional else None,
-        q_positions=positions,
-        kv_positions=positions,
-        kv_valid=valid,
-    )
+    mask = unifluid.prompt_mask(net.cfg, valid)
     hidden, cache = apply(net, params, "trunk", x, mask, positions, cache, length)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
     return last, length, cache
@@ -50,9 +43,10 @@ def prefill(net: UniFluid, params, x, valid, cache):
 
 def extend(net: UniFluid, params, x, pos, cache):
     """Append inputs [b, g, d] at positions pos.. [b] -> (state of the last one [b, d], cache)."""
-    positions = pos[:, None] + jnp.arange(x.shape[1])
-    hidden, cache = apply(net, params, "trunk", x, None, positions, cache)
-    return hidden[:, -1], cache
+    for i in range(x.shape[1]):  # one by one: a ring of slots takes one token at a time
+        positions = (pos + i)[:, None]
+        hidden, cache = apply(net, params, "trunk", x[:, i, None], None, positions, cache)
+    return hidden[:, 0], cache
 
 
 def understanding_prefix(net: UniFluid, params, image, tokens, length):
