@@ -5,19 +5,27 @@ import numpy as np
 from eval import common, data, metrics
 
 
+def _rebuild(model):
+    """(params, pictures in [-1, 1]) -> pictures: a tokenizer's own function, or both halves."""
+    if "reconstruct" in model.predict:
+        return common.need(model, "reconstruct")
+    encode = common.need(model, "encode_latents")
+    decode = common.need(model, "decode_latents")
+    return lambda params, images: decode(params, encode(params, images))
+
+
 def build(config):
     """Evaluator "reconstruction": dB, beside what the mean training picture would get."""
     options, size = config.evaluation, config.data.image_size
 
     def evaluate(model, params, *, step, rng, workdir):
-        encode = common.need(model, "encode_latents")
-        decode = common.need(model, "decode_latents")
+        rebuild = _rebuild(model)
         held_out = data.captioned(config, "held_out", size)
         real = held_out.pictures.gather(
             common.choose(len(held_out), options.pictures, options.seed)
         )
         images = common.in_batches(
-            lambda x: decode(params, encode(params, x)),
+            lambda x: rebuild(params, x),
             len(real),
             options.batch,
             lambda i: common.to_float(real[i]),

@@ -87,3 +87,14 @@ def test_mistakes_name_the_key(tmp_path, options, message):
     evaluate = power_law.build(fit_config(tmp_path / "metrics.jsonl", **options))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluate(None, None, step=0, rng=None, workdir=tmp_path)
+
+
+@pytest.mark.parametrize("size", ["csv_25", "csv_400"])
+def test_constant_rate_curves_are_forecast_within_one_percent(public_data, size):
+    path = public_data / "multi_power_law" / size / "constant_24000.csv"
+    curve = np.genfromtxt(path, delimiter=",", names=True)
+    steps, losses = power_law.thin(curve["step"], curve["loss"], 60)
+    shown = int(len(steps) * 0.8)
+    law = power_law.fit(steps[:shown], losses[:shown])
+    error = np.abs(law(steps[shown:]) / losses[shown:] - 1)
+    assert error.mean() < 0.01 and 0.3 < law.exponent < 1.5

@@ -23,3 +23,10 @@ def test_models_without_a_tokenizer_are_named(config, tmp_path):
     model = SimpleNamespace(predict={"logits": len})
     with pytest.raises(ValueError, match=r"predict\['encode_latents'\]; this one has logits"):
         evaluate(model, {}, step=1, rng=None, workdir=tmp_path)
+
+
+def test_a_tokenizer_model_reconstructs_itself(config, oracle, params, tmp_path):
+    model = SimpleNamespace(predict={"reconstruct": lambda params, images: images})
+    evaluate = EVALUATORS["reconstruction"](config)
+    metrics = evaluate(model, params, step=1, rng=jax.random.key(0), workdir=tmp_path)
+    assert np.isinf(metrics["psnr"])
