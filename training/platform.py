@@ -7,6 +7,9 @@ from pathlib import Path
 
 NVIDIA = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/gpus/*")
 AMD = ("/dev/kfd",)
+# Seen on jax 0.12.0: with several virtual CPU devices, executables read back from the compile cache
+# start their collectives in a different order on each device and wait for each other for ever.
+SAFE_COLLECTIVES = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 TPU = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 
 
@@ -29,6 +32,9 @@ def before_jax() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if "JAX_PLATFORMS" not in os.environ and sys.platform != "darwin" and not accelerators():
         os.environ["JAX_PLATFORMS"] = "cpu"
+    xla = os.environ.get("XLA_FLAGS", "")
+    if "host_platform_device_count" in xla and SAFE_COLLECTIVES not in xla:
+        os.environ["XLA_FLAGS"] = f"{xla} {SAFE_COLLECTIVES}"
     cache = Path.home() / ".cache" / "uniflud" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
