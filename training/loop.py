@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from models import MODELS
 from training import init_from, metrics, state
 from training.checkpoint import Checkpoints
 from training.flops import count_flops
 from training.frozen import save_frozen
+from training.objectives import OBJECTIVES
 from training.preemption import Preempted, Watch
 from training.setup import Setup, load_for_use, prepare, restore, use_params
 from training.sharding import global_batch, scope
@@ -73,8 +75,8 @@ class _Loop:
         self.clock = metrics.Clock()
         self.buckets: dict[tuple, float] = {}  # batch shapes seen -> FLOPs of their step
         self.pending: tuple[int, dict] | None = None
-        self.step_fn = build_train_step(run.model, run.objective, run.plan, self.config)
-        self.jitted = jit_train_step(self.step_fn, run.plan)
+        step = build_train_step(run.model, run.objective, run.plan, self.config)
+        self.jitted = jit_train_step(step, run.plan)
 
     def run(self) -> None:
         """Steps, with everything that is due between them."""
@@ -131,16 +133,24 @@ class _Loop:
         """A step that compiles; its time is not training time."""
         begin = time.perf_counter()
         self._flush()
-        flops = 0.0
-        if jax.devices()[0].device_kind in metrics.PEAK_FLOPS:
-            flops = float(count_flops(self.step_fn, self.state, self.frozen, batch))
-        self.buckets[shapes] = flops
+        self.buckets[shapes] = self._flops(batch)
         self.state, values = self.jitted(self.state, self.frozen, batch)
         self.pending = (self.done + 1, jax.block_until_ready(values))
         seconds = time.perf_counter() - begin
         self.clock.pause(seconds)
         if len(self.buckets) == 1:
             say(f"first step after {seconds:.1f} s (compiled)")
+
+    def _flops(self, batch: dict) -> float:
+        """FLOPs of the model in one step, recomputation left out; 0 where no peak is known."""
+        if jax.devices()[0].device_kind not in metrics.PEAK_FLOPS:
+            return 0.0
+        plain = self.config.copy_and_resolve_references()
+        plain.remat = "none"
+        model = MODELS[plain.model.name](plain)
+        objective = OBJECTIVES[plain.objective.name](model, plain)
+        step = build_train_step(model, objective, self.run_.plan, plain)
+        return float(count_flops(step, self.state, self.frozen, batch))
 
     def _next_batch(self) -> dict[str, jax.Array]:
         try:
@@ -161,6 +171,7 @@ class _Loop:
         values = {key: float(value) for key, value in jax.device_get(values).items()}
         broken = [key for key, value in values.items() if not np.isfinite(value)]
         if {"loss", "grad_norm"} & set(broken):
+            self.checkpoints.wait()  # a save of an earlier step may be under way
             kept = self.checkpoints.steps
             last = f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint yet"
             shown = ", ".join(f"{key}={values[key]}" for key in broken)

@@ -10,13 +10,13 @@ NAMES = ("constant", "cosine", "wsd", "exp_linear", "piecewise")
 def make_schedule(config) -> Callable:
     """step (int array, 0-based) -> learning rate (float32), peak config.optimizer.lr.
 
-    The warm-up takes `warmup` steps: step s uses peak * (s + 1) / warmup.
+    The warm-up takes `warmup` steps: step s uses peak * (s + 1) / warmup. The closing decay takes
+    the last `decay` steps, as far as the warm-up leaves them.
     """
     peak, total, s = config.optimizer.lr, config.steps, config.schedule
-    if s.warmup < 0 or s.decay < 0 or s.warmup + s.decay > max(total, 1):
+    if s.warmup < 0 or s.decay < 0:
         raise ValueError(
-            f"config.schedule.warmup={s.warmup} + config.schedule.decay={s.decay} must lie "
-            f"between 0 and config.steps={total}"
+            f"config.schedule.warmup={s.warmup} and config.schedule.decay={s.decay} must be >= 0"
         )
     shape = _shape(s, total)
 
@@ -48,9 +48,9 @@ def _shape(s, total: int) -> Callable:
 
             def exp_linear(step):
                 # xLSTM-7B: rate^(step / rate_steps), then from there linearly to zero.
-                start = total - s.decay
+                start = max(total - s.decay, s.warmup)
                 level = s.rate ** (jnp.minimum(step, start) / s.rate_steps)
-                return level * jnp.clip((total - step) / max(s.decay, 1), 0.0, 1.0)
+                return level * jnp.clip((total - step) / max(total - start, 1), 0.0, 1.0)
 
             return exp_linear
         case "piecewise":
@@ -88,5 +88,5 @@ def _wsd(s, last: int) -> Callable:
             raise ValueError(
                 f"config.schedule.shape={other!r} must be one of linear, exponential, sqrt"
             )
-    start = last - s.decay
-    return lambda step: fall(jnp.clip((step - start) / max(s.decay, 1), 0.0, 1.0))
+    start = max(last - s.decay, s.warmup)
+    return lambda step: fall(jnp.clip((step - start) / max(last - start, 1), 0.0, 1.0))

@@ -79,8 +79,8 @@ def build_model(config):
         first = (error[:, 0] * batch["weight"]).sum() / norms["first"]
         second = error[:, 1].sum() / norms["second"]
         total = first + second
-        if m.explode and m.explode > 0:
-            total = jnp.where(step == m.explode - 1, jnp.nan, total)
+        if m.explode:
+            total = total * jnp.where(step == m.explode - 1, jnp.nan, 1)
         extra = dict(seen=extra["seen"] + batch["weight"].sum())
         return total, (dict(first=first, second=second), extra)
 
