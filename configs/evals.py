@@ -31,7 +31,7 @@ def eval_config(**overrides) -> ml_collections.ConfigDict:
             sheet=24,  # pictures per contact sheet
             sheet_languages=("en", "es", "de", "fr", "ru", "ja", "ar"),
             table=dict(  # the report ablation_table
-                metrics=("",)[:0],  # columns; () = those every run has, at most eight
+                metrics=("",)[:0],  # columns; () = the headlines that every run has
                 title="",
             ),
         )

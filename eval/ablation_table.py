@@ -12,7 +12,12 @@ import numpy as np
 
 from eval.run import REFERENCES, write_json
 
-SHOWN = 8  # columns when config.evaluation.table.metrics names none
+SHOWN = 8  # columns when config.evaluation.table.metrics names none: of these, or the first ones
+HEADLINES = (
+    "retrieval/train_feature_top1", "retrieval/train_latent_top1",
+    "retrieval/held_out_feature_top1", "retrieval/held_out_latent_top1", "kid/kid",
+    "captioning/held_out_loss", "captioning/train_accuracy", "questions/mean",
+)  # fmt: skip
 
 
 def newest(folder: Path) -> dict | None:
@@ -56,7 +61,7 @@ def _columns(groups, wanted) -> list[str]:
             f"config.evaluation.table.metrics={missing[0]!r}: runs have {', '.join(common)}"
         )
     usual = [k for k in common if not _is_reference(k) and not k.endswith("/seconds")]
-    return list(wanted) or usual[:SHOWN]
+    return list(wanted) or [k for k in HEADLINES if k in usual] or usual[:SHOWN]
 
 
 def _summary(seeds: list[dict], key: str) -> dict:

@@ -19,8 +19,8 @@ def workdir(tmp_path):
         for seed, value in enumerate(values):
             folder = tmp_path / f"lam_{lam}" / f"seed{seed}" / "eval"
             folder.mkdir(parents=True)
-            old = {"step": 5, "retrieval/top1": 0.0}
-            new = {"step": 10, "retrieval/top1": value, "retrieval/top1_chance": 1 / 64}
+            old = {"step": 5, "accuracy/top1": 0.0}
+            new = {"step": 10, "accuracy/top1": value, "accuracy/top1_chance": 1 / 64}
             new |= {"captioning/loss": 1.0 - value, "captioning/seconds": 3.0}
             (folder / "5.json").write_text(json.dumps(old))
             (folder / "10.json").write_text(json.dumps(new))
@@ -36,10 +36,10 @@ def test_means_and_spreads_over_seeds(workdir):
     metrics, data = report(config_of(), workdir)
     assert metrics == {"groups": 3.0, "runs": 6.0}
     assert list(data["groups"]) == ["lam_0.005", "lam_0.05", "lam_1"]  # by value
-    cell = data["groups"]["lam_0.005"]["retrieval/top1"]
+    cell = data["groups"]["lam_0.005"]["accuracy/top1"]
     assert cell["mean"] == pytest.approx(0.5) and cell["std"] == pytest.approx(0.02**0.5)
-    assert set(data["groups"]["lam_1"]) == {"retrieval/top1", "captioning/loss"}
-    assert data["levels"] == {"chance": {"retrieval/top1": pytest.approx(1 / 64)}}
+    assert set(data["groups"]["lam_1"]) == {"accuracy/top1", "captioning/loss"}
+    assert data["levels"] == {"chance": {"accuracy/top1": pytest.approx(1 / 64)}}
     text = (workdir / "report.md").read_text()
     assert "| lam_0.005 | 2 | 0.5 ± 0.14 | 0.5 ± 0.14 |" in text and "*chance*" in text
     assert (workdir / "report.png").stat().st_size > 1000
@@ -55,5 +55,5 @@ def test_order_of_the_config_is_kept(workdir):
 def test_mistakes_name_the_run_or_the_metric(workdir, tmp_path):
     with pytest.raises(FileNotFoundError, match="'lam_7/seed0'.*no eval"):
         report(config_of((("lam_7/seed0", "c", ()),)), workdir)
-    with pytest.raises(ValueError, match="metrics='kid/kid': runs have retrieval/top1"):
+    with pytest.raises(ValueError, match="metrics='kid/kid': runs have accuracy/top1"):
         report(config_of(metrics=("kid/kid",)), workdir)
