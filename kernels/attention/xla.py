@@ -33,18 +33,25 @@ def attention(
 
 
 def _block(q, k, v, mask, *, scale, softcap):
-    """All queries at once; scores are [B, G, H/G, T, S] in float32; the cap precedes the mask."""
+    """All queries at once; scores are [B, G, H/G, T, S] in float32; the cap precedes the mask.
+
+    Heads go first by hand: left to einsum, the scores themselves would be transposed.
+    """
     b, t, h, d = q.shape
     s, g = k.shape[1:3]
-    q = q.reshape(b, t, g, h // g, d)
-    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * scale
+    r = h // g
+    q = q.reshape(b, t, g, r, d).transpose(0, 2, 3, 1, 4).reshape(b, g, r * t, d)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    scores = jnp.einsum("bgqd,bgsd->bgqs", q, k, preferred_element_type=jnp.float32) * scale
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:
-        scores = jnp.where(mask.dense(t, s)[:, None, None], scores, MASKED)
+        visible = mask.dense(t, s)[:, None, None]
+        scores = jnp.where(visible, scores.reshape(b, g, r, t, s), MASKED).reshape(b, g, r * t, s)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bgrts,bsgv->btgrv", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(v.dtype).reshape(b, t, h, v.shape[-1])
+    out = jnp.einsum("bgqs,bgsv->bgqv", weights, v, preferred_element_type=jnp.float32)
+    out = out.astype(v.dtype).reshape(b, g, r, t, v.shape[-1])
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, v.shape[-1])
 
 
 def _chunked(q, k, v, mask, *, scale, softcap, chunk):

@@ -72,14 +72,24 @@ def write_tokens(cache: KVCache, layer, k, v, positions: Int[Array, "b t"], ring
     A position past the end of a full cache is dropped.
     """
     slots = positions % cache.slots if ring else positions
+    where = jnp.stack([jnp.full_like(slots, layer), slots], axis=-1)
 
     def store(old, new):
-        put = jax.vmap(
-            lambda rows, slot, value: rows.at[layer, :, slot].set(value, mode="drop"),
-            in_axes=(1, 0, 0),
-            out_axes=1,
+        # The row axis is declared a batch axis: sharded rows stay apart, nothing is transposed.
+        return jax.lax.scatter(
+            old,
+            where,
+            new.astype(old.dtype),
+            jax.lax.ScatterDimensionNumbers(
+                update_window_dims=(2, 3),
+                inserted_window_dims=(0, 3),
+                scatter_dims_to_operand_dims=(0, 3),
+                operand_batching_dims=(1,),
+                scatter_indices_batching_dims=(0,),
+            ),
+            unique_indices=True,
+            mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
         )
-        return put(old, slots, new.astype(old.dtype))
 
     return KVCache(store(cache.k, k), store(cache.v, v))
 

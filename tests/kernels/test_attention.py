@@ -1,0 +1,195 @@
+"""Attention: xla against the reference, masks against the rule spelled out, memory, errors."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.attention import MaskSpec, api, attention, ref, xla
+from kernels.errors import NotSupported
+
+# (B, T, S, H, G, K, V): one query, odd lengths, D = 1 and 130, multi-query, V unlike K.
+SHAPES = [
+    (1, 1, 9, 4, 2, 8, 8),
+    (2, 37, 37, 4, 1, 16, 16),
+    (1, 20, 33, 6, 3, 1, 5),
+    (3, 19, 19, 2, 2, 130, 7),
+]
+
+
+def tensors(shape, dtype=jnp.float32, seed=0):
+    b, t, s, h, g, k, v = shape
+    keys = jax.random.split(jax.random.key(seed), 3)
+    sizes = [(b, t, h, k), (b, s, g, k), (b, s, g, v)]
+    return [jax.random.normal(key, size).astype(dtype) for key, size in zip(keys, sizes)]
+
+
+def rich_mask(shape):
+    """Prefix, window, always-visible keys, segments and invalid keys at once."""
+    b, t, s = shape[:3]
+    rng = np.random.default_rng(1)
+    return MaskSpec(
+        prefix_length=jnp.asarray(rng.integers(0, s, b), jnp.int32),
+        q_segment_ids=jnp.asarray(np.sort(rng.integers(0, 2, (b, t)), 1), jnp.int32),
+        kv_segment_ids=jnp.asarray(np.sort(rng.integers(0, 2, (b, s)), 1), jnp.int32),
+        q_positions=jnp.broadcast_to(jnp.arange(s - t, s, dtype=jnp.int32), (b, t)),
+        kv_valid=jnp.asarray(rng.random((b, s)) < 0.8),
+        window=7,
+        always_visible=2,
+    )
+
+
+def close(got, want, tolerance):
+    got, want = (np.asarray(x, np.float32) for x in (got, want))
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(np.abs(want).max(), 1e-6))
+
+
+def variants(shape):
+    """Mask, cap and chunk, each value at least once with each of the others' extremes."""
+    yield None, None, None
+    yield MaskSpec(window=5), 5.0, 8
+    yield rich_mask(shape), 5.0, None
+    yield rich_mask(shape), None, 8
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_check_1_xla_equals_ref(shape):
+    @jax.jit
+    def both(q, k, v):
+        pairs = []
+        for mask, softcap, chunk in variants(shape):
+            options = dict(scale=0.3, softcap=softcap)
+            got = xla.attention(q, k, v, mask, **options, chunk=chunk)
+            pairs.append((got, ref.attention(q, k, v, mask, **options)))
+        return pairs
+
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)):
+        for got, want in both(*tensors(shape, dtype)):
+            assert got.dtype == dtype and got.shape == want.shape
+            close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_check_3_gradients_equal_ref(shape, chunk):
+    mask = dataclasses.replace(rich_mask(shape), kv_valid=None)
+
+    @jax.jit
+    def both(q, k, v, cotangent):
+        options = dict(scale=0.3, softcap=4.0)
+        _, want = jax.vjp(lambda *x: ref.attention(*x, mask, **options), q, k, v)
+        _, got = jax.vjp(lambda *x: xla.attention(*x, mask, **options, chunk=chunk), q, k, v)
+        return got(cotangent), want(cotangent)
+
+    b, t, _, h, _, _, v = shape
+    cotangent = jax.random.normal(jax.random.key(9), (b, t, h, v))
+    for got, want in zip(*both(*tensors(shape), cotangent)):
+        close(got, want, 1e-5)
+
+
+def test_check_5_vmap_equals_a_loop():
+    shape = SHAPES[1]
+    q, k, v = (jnp.stack([a, b]) for a, b in zip(tensors(shape), tensors(shape, seed=5)))
+    got = jax.vmap(lambda *x: xla.attention(*x, MaskSpec(), scale=1.0, softcap=None, chunk=8))(
+        q, k, v
+    )
+    for i in range(2):
+        want = ref.attention(q[i], k[i], v[i], MaskSpec(), scale=1.0, softcap=None)
+        close(got[i], want, 1e-5)
+
+
+def test_masks_equal_the_rule_spelled_out():
+    shape = (3, 11, 14, 2, 1, 4, 4)
+    mask = rich_mask(shape)
+    got = np.asarray(mask.dense(11, 14))
+    field = {f.name: getattr(mask, f.name) for f in dataclasses.fields(mask)}
+    m = {name: np.asarray(x) for name, x in field.items() if x is not None}
+    for b in range(3):
+        for t in range(11):
+            for s in range(14):
+                q = m["q_positions"][b, t]
+                visible = (
+                    (s <= q or s < m["prefix_length"][b])
+                    and (q - s < 7 or s < 2)
+                    and m["q_segment_ids"][b, t] == m["kv_segment_ids"][b, s]
+                    and m["kv_valid"][b, s]
+                )
+                assert got[b, t, s] == visible
+
+
+def test_masks_1_3_mask_ar_by_scale_ids_and_prefix_lm():
+    """big_vision's make_attn_mask: key j is visible to i iff cumsum(ar)_j <= cumsum(ar)_i."""
+    rng = np.random.default_rng(3)
+    ar = rng.integers(0, 2, (4, 12))
+    valid = np.arange(12) < rng.integers(6, 13, (4, 1))
+    count = np.cumsum(ar, axis=1)
+    rule = (count[:, None, :] <= count[:, :, None]) & valid[:, None, :]
+    ids = jnp.asarray(count, jnp.int32)
+    spec = MaskSpec(q_scale_ids=ids, kv_valid=jnp.asarray(valid), causal=False)
+    np.testing.assert_array_equal(np.asarray(spec.dense(12, 12)), rule)
+
+    prefix = np.array([0, 3, 12, 1])
+    ar = (np.arange(12) >= prefix[:, None]).astype(int)
+    count = np.cumsum(ar, axis=1)
+    rule = count[:, None, :] <= count[:, :, None]
+    spec = MaskSpec(prefix_length=jnp.asarray(prefix, jnp.int32))
+    np.testing.assert_array_equal(np.asarray(spec.dense(12, 12)), rule)
+
+
+def test_window_counts_the_query_itself():
+    visible = np.asarray(MaskSpec(window=3).dense(6, 6))[0]
+    assert [int(row.sum()) for row in visible] == [1, 2, 3, 3, 3, 3]
+
+
+def test_prefix_per_query_and_row_slices():
+    """A packed row's segments have prefixes of their own; rows() cuts any mask by queries."""
+    segments = jnp.array([[0, 0, 0, 1, 1, 1, 1]])
+    prefix = jnp.array([[2, 2, 2, 6, 6, 6, 6]])
+    spec = MaskSpec(prefix_length=prefix, q_segment_ids=segments)
+    whole = np.asarray(spec.dense(7, 7))[0]
+    assert whole[0, 1] and not whole[0, 2] and whole[3, 5] and not whole[3, 6]
+    assert not whole[3:, :3].any()
+    part = np.asarray(spec.rows(2, 4, 7).dense(4, 7))[0]
+    np.testing.assert_array_equal(part, whole[2:6])
+
+
+def test_rows_without_a_visible_key_stay_finite():
+    q, k, v = tensors(SHAPES[1])
+    mask = MaskSpec(kv_valid=jnp.zeros((2, 37), bool))
+    for impl in ("ref", "xla"):
+        out, grads = jax.value_and_grad(
+            lambda q, impl=impl: jnp.sum(attention(q, k, v, mask, impl=impl) ** 2)
+        )(q)
+        assert np.isfinite(out) and np.isfinite(grads).all()
+
+
+def test_long_queries_never_hold_all_scores():
+    """Forward and backward temporaries stay below a third of one [B, H, T, S] buffer."""
+    b, t, h = 1, 4096, 2
+    x = jax.ShapeDtypeStruct((b, t, h, 8), jnp.float32)
+
+    def loss(q, k, v):
+        return jnp.sum(attention(q, k, v, MaskSpec(), softcap=5.0))
+
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < b * h * t * t * 4 / 3
+
+
+def test_dispatch(monkeypatch):
+    q, k, v = tensors(SHAPES[1])
+
+    def refuses(*args, **kwargs):
+        raise NotSupported("needs an accelerator")
+
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "picky", refuses)
+    monkeypatch.setattr(api, "AUTO", ("picky", "xla"))
+    close(attention(q, k, v, None), attention(q, k, v, None, impl="xla"), 1e-7)
+    with pytest.raises(NotSupported, match="accelerator"):
+        attention(q, k, v, None, impl="picky")
+    with pytest.raises(ValueError, match="impl='cuda', allowed: auto, ref, xla"):
+        attention(q, k, v, None, impl="cuda")
+    with pytest.raises(ValueError, match="4 query heads"):
+        attention(q, k[:, :, [0, 0, 0]], v, None)
