@@ -64,11 +64,13 @@ class WeightMap(NamedTuple):
     ignore: patterns (fnmatch) of published names that carry nothing of ours (tied heads, buffers).
     parts:  {our sub-path: WeightMap} of the maps this one was composed of, with the names that the
             part has when it is published alone.
+    config: the keys that a published config.json holds for such a model.
     """
 
     names: Mapping[str, Rule]
     ignore: tuple[str, ...] = ()
     parts: Mapping[str, "WeightMap"] = {}
+    config: Mapping[str, Any] = {}
 
 
 def plain(name: str, **stacking) -> Rule:

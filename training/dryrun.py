@@ -1,0 +1,327 @@
+"""--mode=dryrun: compile the train step for accelerators that are not there, and say what fits.
+
+The step is the one the loop jits, with the same shardings and the state donated. Nothing is
+allocated: parameters, state and batch are shapes. The compilers need variables that are read when
+jax is imported, so the work is done by a child process: python -m training.dryrun.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from training import topology as topologies
+
+ROOT = Path(__file__).resolve().parents[1]
+KEYS = (
+    "params", "topology", "devices", "argument_bytes", "temp_bytes", "total_bytes", "hbm_bytes",
+    "fits", "flops_per_step", "estimated_step_seconds", "estimated_mfu", "compile_seconds",
+)  # fmt: skip
+
+
+def run(config, workdir: str | os.PathLike, topology: str) -> dict[str, Any]:
+    """Compiles in a child process, prints the table and writes workdir/dryrun.json."""
+    parsed = topologies.parse(topology)
+    topologies.check_installed(parsed)
+    result = _in_child(config, parsed)
+    print(table(result))
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    report = {key: result[key] for key in KEYS}
+    (workdir / "dryrun.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _in_child(config, topology: topologies.Topology) -> dict[str, Any]:
+    env = os.environ | topologies.environment(topology)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "training.dryrun", topology.name, str(out)]
+        text = config.to_json_best_effort()
+        child = subprocess.run(command, input=text, env=env, text=True, stderr=subprocess.PIPE)
+        if out.exists():
+            result = json.loads(out.read_text())
+            if "error" in result:
+                raise ValueError(result["error"])
+            return result
+    tail = "\n".join(child.stderr.splitlines()[-30:])
+    raise RuntimeError(f"the compile process of the dry run ended with {child.returncode}:\n{tail}")
+
+
+def main(argv: list[str]) -> None:
+    """The child: topology and result file as arguments, the config as JSON on standard input."""
+    from ml_collections import ConfigDict
+
+    name, out = argv
+    config = ConfigDict(_tuples(json.load(sys.stdin)))
+    try:
+        result = measure(config, name)
+    except (ValueError, FileNotFoundError) as error:
+        result = {"error": str(error)}
+    Path(out).write_text(json.dumps(result))
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that configs use."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+class Step(NamedTuple):
+    """A jitted function with abstract, sharded arguments, ready to be lowered for the topology."""
+
+    jitted: Any
+    args: tuple
+
+
+def measure(config, name: str) -> dict[str, Any]:
+    """Everything the table shows, as plain numbers; jax must be running on the CPU."""
+    import jax
+
+    from training import flops, hlo
+    from training.setup import check
+    from training.sharding import make_mesh, scope
+    from training.state import count
+
+    check(config)
+    topology = topologies.parse(name)
+    config = _with_vocabulary(config)
+    mesh = make_mesh(config.mesh, topologies.devices(topology))
+    with scope(mesh):
+        plan, step, batch = _train_step(config, mesh)
+        arguments = sum(map(_shard_bytes, jax.tree.leaves(step.args)))
+        traced = step.jitted.trace(*step.args)
+        executed = flops.jaxpr_flops(traced.jaxpr.jaxpr)
+        model_flops = executed if config.remat == "none" else _model_flops(config, mesh)
+        start = time.perf_counter()
+        compiled, problem = _compile(traced, topology)
+        seconds = time.perf_counter() - start
+        sampler = _sampler(config, mesh, topology)
+    result = dict(
+        params=count(plan.params), topology=name, devices=topology.count,
+        argument_bytes=arguments, hbm_bytes=topology.chip.hbm, flops_per_step=model_flops,
+        compile_seconds=round(seconds, 2), batch_bytes=batch, problem=problem, sampler=sampler,
+    )  # fmt: skip
+    result |= _memory(compiled, arguments, problem, topology.chip)
+    result |= dict(collectives={}, estimated_step_seconds=None, estimated_mfu=None)
+    if compiled is not None:
+        program = hlo.analyse(compiled.as_text(), topology.count)
+        cost = estimate(program, executed, result, topology, config.accumulate)
+        peak = topology.chip.peak
+        result |= dict(
+            collectives=hlo.summarise(program.collectives),
+            estimated_step_seconds=cost["seconds"],
+            estimated_mfu=flops.mfu(model_flops, cost["seconds"], topology.count, peak),
+            parts=cost,
+        )
+    result["advice"] = [] if result["fits"] else advice(config, plan, result)
+    return result
+
+
+def _with_vocabulary(config):
+    """The data set is asked for its vocabulary only where the config leaves it open."""
+    from input_pipeline import DATASETS
+    from training.setup import with_vocabulary
+
+    if config.model.get("vocab_size", 1):
+        return config
+    options = dict(split="train", seed=config.seed, process_index=0, process_count=1)
+    pipeline = DATASETS[config.data.name](config, **options)
+    try:
+        return with_vocabulary(config, pipeline)
+    finally:
+        pipeline.close()
+
+
+def _train_step(config, mesh) -> tuple[Any, Step, int]:
+    """(plan, the loop's own jitted step with its arguments, bytes of the batch on one device)."""
+    import jax
+
+    from models import MODELS
+    from training.objectives import OBJECTIVES
+    from training.sharding import batch_sharding
+    from training.state import plan as make_plan
+    from training.step import build_train_step, jit_train_step
+
+    model = MODELS[config.model.name](config)
+    objective = OBJECTIVES[config.objective.name](model, config)
+    plan = make_plan(model, objective, config, mesh)
+    buckets = {k: sum(x.size for x in v.values()) for k, v in model.batches.items()}
+    shapes = model.batches[max(buckets, key=buckets.get)]  # the largest decides what fits
+    batch = {
+        key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(x.shape, mesh, key))
+        for key, x in shapes.items()
+    }
+    step = jit_train_step(build_train_step(model, objective, plan, config), plan)
+    batch_bytes = sum(map(_shard_bytes, batch.values()))
+    return plan, Step(step, (plan.state, plan.frozen, batch)), batch_bytes
+
+
+def _model_flops(config, mesh) -> int:
+    """FLOPs without recomputation: the same step traced with remat off."""
+    from training.flops import jaxpr_flops
+
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.remat = "none"
+    _, step, _ = _train_step(config, mesh)
+    return jaxpr_flops(step.jitted.trace(*step.args).jaxpr.jaxpr)
+
+
+def _shard_bytes(leaf) -> int:
+    """Bytes of one device's part of an abstract array."""
+    size = leaf.dtype.itemsize
+    for n in leaf.sharding.shard_shape(leaf.shape):
+        size *= n
+    return size
+
+
+def _compile(traced, topology) -> tuple[Any, str]:
+    """(compiled, '') or (None, the compiler's out-of-memory message)."""
+    from jax.errors import JaxRuntimeError
+
+    try:
+        return traced.lower(lowering_platforms=(topology.chip.platform,)).compile(), ""
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return None, str(error)
+        raise
+
+
+def _memory(compiled, arguments: int, problem: str, chip) -> dict[str, Any]:
+    """temp_bytes, total_bytes and fits; temporaries are read off the message when it overflows."""
+    if compiled is None:
+        temporaries = needed_bytes(problem)
+        total = max(arguments + (temporaries or 0), chip.hbm + 1)
+        return dict(temp_bytes=temporaries, total_bytes=total, fits=False)
+    m = compiled.memory_analysis()
+    kept = m.output_size_in_bytes - m.alias_size_in_bytes  # results not written over arguments
+    temporaries = m.temp_size_in_bytes + m.generated_code_size_in_bytes + max(kept, 0)
+    total = m.argument_size_in_bytes + temporaries
+    return dict(
+        argument_bytes=m.argument_size_in_bytes, temp_bytes=temporaries, total_bytes=total,
+        fits=total <= chip.hbm,
+    )  # fmt: skip
+
+
+def needed_bytes(message: str) -> int | None:
+    """Bytes of temporaries that an out-of-memory message of the TPU compiler names."""
+    found = re.search(r"(?:HLO temporaries|total memory required)[^(]*\(([\d.]+)([KMGT])", message)
+    found = found or re.search(r"Used ([\d.]+)([KMGT])\w* of", message)
+    if not found:
+        return None
+    return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1))
+
+
+def estimate(program, executed: int, memory: dict, topology, accumulate: int) -> dict[str, float]:
+    """Seconds of one step from rates that are nowhere measured here: an estimate.
+
+    TPU: cycles the compiler expects for its fusions, plus kernels at the roofline of their own
+    cost estimates. GPU: the products at chip.efficiency of the peak, or one pass over arguments
+    and two over temporaries, whichever is longer. Asynchronous collectives hide behind that,
+    the others add to it.
+    """
+    chip = topology.chip
+    if chip.clock:
+        kernels = sum(max(f / chip.peak, b / chip.hbm_rate) for f, b in program.kernels)
+        compute = program.cycles / chip.clock + kernels
+    else:
+        products = executed / topology.count / (chip.peak * chip.efficiency)
+        moved = 2 * memory["argument_bytes"] + 2 * accumulate * memory["temp_bytes"]
+        compute = max(products, moved / chip.hbm_rate)
+    hidden = exposed = 0.0
+    for one in program.collectives:
+        crosses = chip.node and one.spread > chip.node
+        seconds = one.times * one.bytes / (chip.network if crosses else chip.link)
+        hidden, exposed = hidden + seconds * one.hidden, exposed + seconds * (not one.hidden)
+    seconds = max(compute, hidden) + exposed
+    return dict(seconds=seconds, compute=compute, hidden=hidden, exposed=exposed)
+
+
+def _sampler(config, mesh, topology) -> dict[str, Any] | None:
+    """Memory and cost of one sampling step, where the model has one."""
+    return None
+
+
+def advice(config, plan, result: dict) -> list[str]:
+    """Config keys that would make the step smaller, most promising first, with what each saves."""
+    lines, mesh, devices = [], config.mesh, result["devices"]
+    spread = mesh.fsdp * mesh.tensor if mesh.fsdp > 0 else devices
+    state, temporaries = result["argument_bytes"] - result["batch_bytes"], result["temp_bytes"]
+    if spread < devices:
+        lines.append(
+            f"mesh.fsdp (now {mesh.fsdp}): the state takes {gib(state)} a device; split "
+            f"over all {devices} devices (mesh.data=1, mesh.fsdp=-1) up to {devices // spread} "
+            "times less"
+        )
+    if mesh.tensor == 1:
+        lines.append("mesh.tensor (now 1): splits the widest activations and the logits as well")
+    if config.remat != "full":
+        lines.append(f"remat (now {config.remat!r}): 'full' keeps one activation a layer")
+    rows = max(config.batch_size // devices, 1)
+    if temporaries and rows > config.accumulate:
+        lines.append(
+            f"accumulate (now {config.accumulate}): temporaries of {gib(temporaries)} shrink "
+            f"almost in proportion; up to {rows} divides the {rows} rows of a device"
+        )
+    if config.precision == "float32":
+        lines.append("precision (now 'float32'): 'bfloat16' halves the activations")
+    if rows > 1:
+        lines.append(f"batch_size (now {config.batch_size}): {rows} rows a device")
+    return lines
+
+
+def gib(size: float) -> str:
+    """Bytes for people: GiB from a tenth up, MiB below."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def table(result: dict) -> str:
+    """What the user reads."""
+    room = result["hbm_bytes"] - result["total_bytes"]
+    temporaries = result["temp_bytes"]
+    verdict = f"fits, {gib(room)} to spare" if result["fits"] else f"does NOT fit, by {gib(-room)}"
+    rows = [
+        ("topology", f"{result['topology']} ({result['devices']} devices)"),
+        ("parameters", f"{result['params']:,}"),
+        ("arguments per device", gib(result["argument_bytes"])),
+        ("temporaries per device", gib(temporaries) if temporaries else "unknown: not compiled"),
+        ("total per device", gib(result["total_bytes"])),
+        ("HBM per device", gib(result["hbm_bytes"])),
+        ("verdict", verdict),
+        ("model FLOPs per step", f"{result['flops_per_step']:.4g}"),
+        ("compile time", f"{result['compile_seconds']:.1f} s"),
+    ]
+    for kind, (times, moved) in result["collectives"].items():
+        rows.append((kind, f"{times} per step, each device sends {gib(moved)}"))
+    if result["estimated_step_seconds"] is not None:
+        parts = result["parts"]
+        rows += [
+            ("step time (estimate)", f"{result['estimated_step_seconds']:.4g} s"),
+            (
+                "  of it (estimate)",
+                f"compute {parts['compute']:.4g} s, collectives {parts['hidden']:.4g} s hidden "
+                f"behind it, {parts['exposed']:.4g} s not",
+            ),
+            ("MFU (estimate)", f"{100 * result['estimated_mfu']:.1f} %"),
+        ]
+    if sampler := result.get("sampler"):
+        rows.append(("sampler step", sampler["text"]))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    if not result["fits"]:
+        what = f"The step needs {gib(-room)} more than a device has"
+        lines.append(f"{what}{'' if temporaries else ', or more'}. Config keys that change that:")
+        lines += [f"  {line}" for line in result["advice"]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
