@@ -12,6 +12,8 @@ from typing import Any
 import grain
 import numpy as np
 
+ENDLESS = 2**45  # examples; repeat(None) overflows a length with some batch sizes
+
 
 def share(rows: int, process_index: int, process_count: int, what: str) -> slice:
     """The rows of a global batch that belong to a process."""
@@ -26,8 +28,8 @@ def share(rows: int, process_index: int, process_count: int, what: str) -> slice
 
 def index_batches(count: int, batch: int, seed: int) -> grain.MapDataset:
     """Batches int64 [batch] of indices below `count`: each epoch a fresh order of all of them."""
-    ds = grain.MapDataset.range(count).seed(seed).shuffle().repeat(None)
-    return ds.batch(batch, batch_fn=lambda rows: np.array(rows, np.int64))
+    ds = grain.MapDataset.range(count).seed(seed).shuffle().repeat(ENDLESS // count)
+    return ds.batch(batch, drop_remainder=True, batch_fn=lambda rows: np.array(rows, np.int64))
 
 
 class Prefetched(grain.IterDataset):
@@ -62,7 +64,7 @@ def assemble(
 ) -> Prefetched:
     """Batches `make({name: indices}, rng)`; rng depends on the seed and the batch number only."""
     names = list(parts)
-    shortest = min(map(len, parts.values()))  # all are astronomically long, but must be equal
+    shortest = min(map(len, parts.values()))  # grain wants equal lengths; all are endless
     zipped = grain.experimental.ZipMapDataset([part[:shortest] for part in parts.values()])
     ds = zipped.seed(seed).random_map(lambda got, rng: make(dict(zip(names, got)), rng))
     return Prefetched(ds, prefetch)

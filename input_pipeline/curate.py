@@ -12,7 +12,7 @@ import itertools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -27,86 +27,101 @@ from input_pipeline.records import Example
 CHUNK = 256  # pictures opened ahead
 
 
-class Looked(NamedTuple):
-    """What reading a picture told; `reason` is set when it cannot be kept."""
+class Candidate(NamedTuple):
+    """A picture that may be kept: a file of the folder, or bytes that are already at hand."""
 
-    example: Example  # with encoded bytes and a split in its spec
+    example: Example  # its texts, and its split in `spec`
+    file: Path | None
+
+    def read(self) -> bytes:
+        """The encoded picture."""
+        return self.file.read_bytes() if self.file else self.example.image
+
+
+class Looked(NamedTuple):
+    """What opening a picture told; `reason` is set when it cannot be kept for its own sake."""
+
+    candidate: Candidate
     reason: str = ""
     pixels: bytes = b""  # SHA-256 of the decoded picture
     print: Fingerprint | None = None  # for near duplicates
 
 
-def candidates(data) -> Iterator[tuple[str, Example]]:
-    """(file or "", example) of everything config.data.source names, pictures not opened."""
+class Decision(NamedTuple):
+    """`reason` is empty for what is kept; `of` is what a duplicate duplicates."""
+
+    candidate: Candidate
+    reason: str
+    of: str
+
+
+def candidates(data) -> Iterator[Candidate]:
+    """Everything that config.data.source names, in order, not opened."""
     for name in sources.names(data):
         match name:
             case "folder":
-                for e in folder.scan(folder.root(data)):
+                root = folder.root(data)
+                for e in folder.scan(root):
                     spec = {"split": e.split}
-                    yield e.file, Example(e.file, b"", e.captions, e.questions, spec=spec)
+                    example = Example(e.file, b"", e.captions, e.questions, spec=spec)
+                    yield Candidate(example, root / e.file)
             case "openmoji":
                 path = openmoji.prepare(data, data.image_size)
                 skipped = records.Skipped(data.max_unreadable)
                 for split in store.SPLITS:
                     for _, e in records.open_source(path, split).readable(skipped):
-                        yield "", e
+                        yield Candidate(e, None)
             case _:
                 raise ValueError(
                     f"config.data.source={data.source!r}: curate reads folder, openmoji"
                 )
 
 
-def _fitting(captions, options) -> dict[str, str]:
+def fitting(captions: Mapping[str, str], options) -> dict[str, str]:
+    """The captions of allowed length."""
     low, high = options.min_chars, options.max_chars
     return {k: v for k, v in captions.items() if low <= len(v) <= high}
 
 
-def look(data, file: str, example: Example) -> Looked:
-    """Opens one picture and says whether it can be kept for its own sake."""
-    options = data.curate
+def look(options, candidate: Candidate) -> Looked:
+    """Opens one picture; options is config.data.curate."""
     try:
-        encoded = (folder.root(data) / file).read_bytes() if file else example.image
-        with Image.open(io.BytesIO(encoded)) as opened:
+        with Image.open(io.BytesIO(candidate.read())) as opened:
             image = transforms.on_white(opened)
-    except (OSError, ValueError, SyntaxError) as error:
-        logging.warning("unreadable: %s (%s)", example.id, error)
-        return Looked(example, "unreadable")
+    except transforms.UNREADABLE as error:
+        logging.warning("unreadable: %s (%s)", candidate.example.id, error)
+        return Looked(candidate, "unreadable")
     if min(image.size) < options.min_size:
-        return Looked(example, "too small")
+        return Looked(candidate, "too small")
     if max(image.size) > options.max_aspect * min(image.size):
-        return Looked(example, "too oblong")
-    captions = _fitting(example.captions, options)
-    if not captions:
-        return Looked(example, "no fitting caption")
+        return Looked(candidate, "too oblong")
+    if not fitting(candidate.example.captions, options):
+        return Looked(candidate, "no fitting caption")
     pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-    if options.size and min(image.size) > options.size:
-        encoded = records.encode_png(transforms.centre_crop(image, options.size))
-    fields = {**vars(example), "captions": captions, "image": encoded}
-    return Looked(Example(**fields), "", pixels, fingerprint(image))
+    return Looked(candidate, "", pixels, fingerprint(image))
 
 
-def looked_at(data) -> Iterator[Looked]:
-    """Every candidate in order, opened by as many threads as there are cores."""
+def _looked_at(data) -> Iterator[Looked]:
     waiting = candidates(data)
     with ThreadPoolExecutor() as pool:
         while chunk := list(itertools.islice(waiting, CHUNK)):
-            yield from pool.map(lambda pair: look(data, *pair), chunk)
+            yield from pool.map(lambda c: look(data.curate, c), chunk)
 
 
-def decide(data) -> Iterator[tuple[Looked, str, str]]:
-    """(looked, reason or "", id of what it duplicates or "") of every candidate."""
+def decide(data) -> Iterator[Decision]:
+    """Keep or drop, for every candidate in order."""
     exact: dict[bytes, str] = {}
     near = NearDuplicates(data.curate.near, data.curate.near_levels)
-    for looked in looked_at(data):
-        name, reason, of = looked.example.id, looked.reason, ""
-        if not reason and looked.pixels in exact:
-            reason, of = "exact duplicate", exact[looked.pixels]
-        elif not reason and (found := near.find(looked.print)) is not None:
+    for candidate, reason, pixels, picture in _looked_at(data):
+        of = ""
+        if not reason and pixels in exact:
+            reason, of = "exact duplicate", exact[pixels]
+        elif not reason and (found := near.find(picture)) is not None:
             reason, of = "near duplicate", found
         if not reason:
-            exact[looked.pixels] = name
-            near.add(looked.print, name)
-        yield looked, reason, of
+            exact[pixels] = candidate.example.id
+            near.add(picture, candidate.example.id)
+        yield Decision(candidate, reason, of)
 
 
 class Curated(records.ImageTextBuilder):
@@ -114,56 +129,46 @@ class Curated(records.ImageTextBuilder):
 
     name = "curated"
 
-    def __init__(self, *, data, report: Path, **kwargs):
-        self._data, self._report = data, report
-        self.counts: Counter[str] = Counter()
+    def __init__(self, *, kept: list[Candidate], options, **kwargs):
+        self._kept, self._options = kept, options
         super().__init__(**kwargs)
 
     def examples(self, split: str) -> Iterator[Example]:
-        """Decides once, on the first split; later splits read what was put aside."""
-        if split == store.SPLITS[0]:
-            self._rest: dict[str, list[Example]] = {s: [] for s in store.SPLITS}
-            yield from self._first(split)
-        else:
-            yield from self._rest[split]
-
-    def _first(self, split: str) -> Iterator[Example]:
-        with open(self._report, "w", encoding="utf-8") as report:
-            for looked, reason, of in decide(self._data):
-                example = looked.example
-                self.counts[reason or "kept"] += 1
-                row = {"id": example.id, "kept": not reason}
-                row |= {k: v for k, v in (("reason", reason), ("of", of)) if v}
-                report.write(json.dumps(row, ensure_ascii=False) + "\n")
-                if reason:
-                    continue
-                if example.spec["split"] == split:
-                    yield example
-                else:  # a tenth of the pictures: small enough to keep
-                    self._rest[example.spec["split"]].append(example)
+        """Yields what is kept of a split, large pictures cropped and shrunk."""
+        size = self._options.size
+        for candidate in self._kept:
+            example = candidate.example
+            if example.spec["split"] != split:
+                continue
+            encoded = candidate.read()
+            with Image.open(io.BytesIO(encoded)) as image:
+                if size and min(image.size) > size:
+                    encoded = records.encode_png(transforms.centre_crop(image, size))
+            captions = fitting(example.captions, self._options)
+            yield Example(**{**vars(example), "captions": captions, "image": encoded})
 
 
 def run(config, workdir) -> dict[str, int]:
     """Curates config.data into workdir/dataset and returns the counts by reason."""
-    workdir = Path(workdir)
+    workdir, data = Path(workdir), config.data
     workdir.mkdir(parents=True, exist_ok=True)
     final, scratch = workdir / "dataset", workdir / ".dataset.part"
-    report = workdir / "curation.jsonl"
     for left in (scratch, scratch.with_suffix(".tfds")):
         shutil.rmtree(left, ignore_errors=True)
-    builders: list[Curated] = []
-
-    def builder(**options):
-        builders.append(Curated(data=config.data, report=report, **options))
-        return builders[0]
-
-    records.write(scratch, builder)
-    counts = dict(builders[0].counts)
-    if not counts.get("kept"):
-        raise ValueError(f"curation kept none of {sum(counts.values())} pictures: {counts}")
+    kept, counts = [], Counter()
+    with open(workdir / "curation.jsonl", "w", encoding="utf-8") as report:
+        for candidate, reason, of in decide(data):
+            counts[reason or "kept"] += 1
+            row = {"id": candidate.example.id, "kept": not reason, "reason": reason, "of": of}
+            row = {k: v for k, v in row.items() if v != ""}
+            report.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if not reason:
+                kept.append(candidate)
+    if not kept:
+        raise ValueError(f"config.data.curate keeps none of {counts.total()} pictures: {counts}")
+    records.write(scratch, Curated, kept=kept, options=data.curate)
     shutil.rmtree(final, ignore_errors=True)
     scratch.rename(final)
     (workdir / "curation.json").write_text(json.dumps(counts, indent=1, sort_keys=True) + "\n")
-    logging.info("curated %s: %s", final, counts)
-    print(f"{final}: {counts}")
-    return counts
+    logging.info("%s: %s", final, dict(counts))
+    return dict(counts)

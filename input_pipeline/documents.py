@@ -140,7 +140,9 @@ class Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     name = "documents"
 
     def __init__(self, *, found: list[Document], **kwargs):
-        self._found = found
+        self._of: dict[str, list[Document]] = {split: [] for split in store.SPLITS}
+        for document in found:
+            self._of[openmoji.split_of(document[0])].append(document)
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -151,11 +153,10 @@ class Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager) -> dict[str, Any]:
-        return {split: self._generate_examples(split) for split in store.SPLITS}
+        return {s: self._generate_examples(found) for s, found in self._of.items() if found}
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, str]]]:
-        mine = (d for d in self._found if openmoji.split_of(d[0]) == split)
-        for index, (source, text) in enumerate(mine):
+    def _generate_examples(self, found: list[Document]) -> Iterator[tuple[int, dict[str, str]]]:
+        for index, (source, text) in enumerate(found):
             yield index, {"source": source, "text": text}
 
 
@@ -178,7 +179,7 @@ def prepare(data) -> Path:
 def _load(path: Path, split: str, limit: int) -> tuple[tuple[str, ...], dict[str, int]]:
     builder = tfds.builder_from_directory(str(path))
     skipped = Skipped(limit, records.noted_skips(path))
-    if not builder.info.splits[split].num_examples:
+    if split not in builder.info.splits:
         return (), skipped.counts
     source = builder.as_data_source(split=split)
     texts = []

@@ -40,7 +40,7 @@ class OnDemand:
             row = int(self.rows[(index + step) % len(self.rows)])
             try:
                 return transforms.decode(self.source[row].image, self.size)
-            except (RuntimeError, ValueError, OSError) as error:
+            except (RuntimeError, *transforms.UNREADABLE) as error:
                 self.skipped.add(f"record {row} of {self.source}", error)
         raise records.Unreadable(f"no picture of {self.source} can be read")
 
@@ -116,7 +116,7 @@ def _load(path: Path, split: str, size: int, max_unreadable: int, cache_mb: int)
         if in_memory:
             try:
                 images.append(transforms.decode(example.image, size))
-            except (ValueError, OSError) as error:
+            except transforms.UNREADABLE as error:
                 skipped.add(f"the picture of record {row} of {source}", error)
                 continue
         rows.append(row)

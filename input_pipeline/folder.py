@@ -118,7 +118,7 @@ class Folder(records.ImageTextBuilder):
             try:
                 encoded = (self._folder / entry.file).read_bytes()
                 image = transforms.decode(encoded, self._size)
-            except (OSError, ValueError, SyntaxError) as error:  # PIL raises all three
+            except transforms.UNREADABLE as error:
                 self._skipped.add(entry.file, error)
                 continue
             yield records.Example(entry.file, image, entry.captions, entry.questions)

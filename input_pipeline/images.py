@@ -1,11 +1,12 @@
 """Data set "images": {"image" uint8 [B, H, W, 3], "label" int32 [B]} for VAEs and classifiers.
 
-The label is the group of the picture: equal drawings under several names share it.
+The label is the group of the picture: equal drawings under several names share it. Pictures
+without groups (scenes, own folders) are numbered behind the groups.
 """
 
 import numpy as np
 
-from input_pipeline import Pipeline, batching, sources, store, transforms
+from input_pipeline import Pipeline, batching, openmoji, sources, store, transforms
 
 
 def build(config, *, split: str, seed: int, process_index: int, process_count: int) -> Pipeline:
@@ -15,7 +16,9 @@ def build(config, *, split: str, seed: int, process_index: int, process_count: i
     found = sources.load(data, split, data.image_size)
     if not len(found):
         raise ValueError(f"config.data.source={data.source!r} has no picture in split {split!r}")
-    labels = np.array([e.group for e in found.items], np.int32)
+    groups = np.array([e.group for e in found.items], np.int32)
+    glyphs = len(openmoji.all_glyphs()) if (groups >= 0).any() else 0
+    labels = np.where(groups >= 0, groups, glyphs + np.arange(len(groups), dtype=np.int32))
     rows = batching.share(config.batch_size, process_index, process_count, "config.batch_size")
 
     def make(indices: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -27,5 +30,5 @@ def build(config, *, split: str, seed: int, process_index: int, process_count: i
 
     parts = {"image": batching.index_batches(len(found), config.batch_size, seed)}
     dataset = batching.assemble(parts, make, seed=seed, prefetch=data.prefetch)
-    classes = int(labels.max()) + 1
+    classes = max(glyphs, int(labels.max()) + 1)
     return Pipeline(dataset, classes=classes, counts=found.counts, on_close=dataset.close)

@@ -7,6 +7,7 @@ One record is a picture with captions by language, questions with answers, a cat
 import contextlib
 import functools
 import io
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,10 +100,17 @@ class ImageTextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager) -> dict[str, Any]:
-        return {split: self._generate_examples(split) for split in store.SPLITS}
+        splits = {}
+        for split in store.SPLITS:
+            found = self.examples(split)
+            if (first := next(found, None)) is not None:  # TFDS cannot write an empty split
+                splits[split] = self._generate_examples(itertools.chain([first], found))
+        if not splits:
+            raise ValueError(f"{self.name}: there is no example to store")
+        return splits
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index, example in enumerate(self.examples(split)):
+    def _generate_examples(self, found: Iterator[Example]) -> Iterator[tuple[int, dict]]:
+        for index, example in enumerate(found):
             yield index, _to_record(example)
 
 
@@ -158,8 +166,8 @@ class Source:
     def __init__(self, path: Path, split: str):
         self._builder = tfds.builder_from_directory(str(path))
         self._name = f"{path.name}/{split}"
-        empty = self._builder.info.splits[split].num_examples == 0
         skip = {"image": tfds.decode.SkipDecoding()}
+        empty = split not in self._builder.info.splits
         self._data = () if empty else self._builder.as_data_source(split=split, decoders=skip)
 
     def __len__(self) -> int:
@@ -167,6 +175,8 @@ class Source:
 
     def __getitem__(self, index: int) -> Example:
         record = self._data[index]
+        if record["texts"] is None:  # a file that was cut short reads as empty records
+            raise ValueError("the record is empty")
         captions, questions, spec = json.loads(record["texts"])
         return Example(
             id=record["id"].decode(),

@@ -5,6 +5,9 @@ import io
 import numpy as np
 from PIL import Image
 
+# What Pillow raises on files that are no pictures, cut short, or far too large.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     """uint8 [size, size, 3]: ADM's crop; halve with BOX while twice too large, then BICUBIC."""

@@ -24,7 +24,9 @@ def test_names_in_14_languages(glyphs):
     assert sum(len(g.names) for g in glyphs) == 55_342
     english = [g.names["en"] for g in glyphs]
     assert len(set(english)) == 3953
-    assert not any(":" in n and n.startswith(":") or "_" in n for g in glyphs for n in g.names.values())
+    assert not any(
+        ":" in n and n.startswith(":") or "_" in n for g in glyphs for n in g.names.values()
+    )
 
 
 def test_split_by_base_glyph(glyphs):
@@ -74,5 +76,7 @@ def test_config_chooses_categories_and_skin_tones():
     assert not any(openmoji.has_tone(i) for i in found.ids)
     everything = openmoji.load_glyphs(data_config(), "all", 64)
     assert sum(map(openmoji.has_tone, everything.ids)) == 2035
-    with pytest.raises(ValueError, match=r"config.data.categories=.*'fod' is none of all, activity"):
+    with pytest.raises(
+        ValueError, match=r"config.data.categories=.*'fod' is none of all, activity"
+    ):
         openmoji.load_glyphs(data_config(categories=("fod",)), "train", 64)

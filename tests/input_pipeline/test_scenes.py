@@ -15,9 +15,7 @@ def names():
 
 
 def _scenes(names, split="train", count=300, size=32):
-    return [
-        scenes.make_scene(names, seed=0, index=i, size=size, split=split) for i in range(count)
-    ]
+    return [scenes.make_scene(names, seed=0, index=i, size=size, split=split) for i in range(count)]
 
 
 def _centre(item):
