@@ -7,15 +7,6 @@ from absl import flags
 
 from training import cli
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("workdir", "", "folder of the run (runs/<config>-<variant>)", FLAGS)
-flags.DEFINE_enum("mode", "train", cli.MODES, "what to do", FLAGS)
-flags.DEFINE_integer("step", None, "checkpoint to use (the newest)", flag_values=FLAGS)
-flags.DEFINE_multi_string("prompt", [], "mode sample: a text; may be repeated", FLAGS)
-flags.DEFINE_multi_string("image", [], "mode sample: a picture to caption or edit", FLAGS)
-flags.DEFINE_string("topology", "", "mode dryrun: v5e:16x16, v5p:4x4x4, h100:8, ...", FLAGS)
-flags.DEFINE_boolean("debug_errors", False, "show the traceback of an error", FLAGS)
-
 TASKS = {
     "train": "training.loop:train",
     "tokenizer": "input_pipeline.tokenizers:run",
@@ -25,33 +16,49 @@ TASKS = {
 }
 
 
-def run(config, spec: str) -> None:
+def make_flags() -> flags.FlagValues:
+    """The flags beside --config."""
+    own = flags.FlagValues()
+    flags.DEFINE_string("workdir", "", "folder of the run (runs/<config>-<variant>)", own)
+    flags.DEFINE_enum("mode", "train", cli.MODES, "what to do", own)
+    flags.DEFINE_integer("step", None, "checkpoint to use (the newest)", flag_values=own)
+    flags.DEFINE_multi_string("prompt", [], "mode sample: a text; may be repeated", own)
+    flags.DEFINE_multi_string("image", [], "mode sample: a picture to caption or edit", own)
+    flags.DEFINE_string("topology", "", "mode dryrun: v5e:16x16, v5p:4x4x4, h100:8, ...", own)
+    flags.DEFINE_boolean("debug_errors", False, "show the traceback of an error", own)
+    return own
+
+
+def run(config, own: flags.FlagValues, spec: str) -> None:
     """One mode of one config."""
-    workdir = Path(FLAGS.workdir or cli.default_workdir(spec))
-    step = FLAGS.step
-    match FLAGS.mode:
+    workdir = Path(own.workdir or cli.default_workdir(spec))
+    match own.mode:
         case "train":
             cli.task(TASKS, config, workdir)
         case "eval":
-            cli.load("training.loop:evaluate")(config, workdir, step)
+            cli.load("training.loop:evaluate")(config, workdir, own.step)
         case "sample":
-            cli.load("inference.sample:run")(config, workdir, step, FLAGS.prompt, FLAGS.image)
+            cli.load("inference.sample:run")(config, workdir, own.step, own.prompt, own.image)
         case "export":
-            cli.load("export.run:run")(config, workdir, step)
+            cli.load("export.run:run")(config, workdir, own.step)
         case "dryrun":
-            cli.load("training.dryrun:run")(config, workdir, FLAGS.topology)
+            cli.load("training.dryrun:run")(config, workdir, own.topology)
 
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 done, 2 a user's mistake, 1 a failure, 128 + signal when stopped."""
-    if len(argv) == 1 or "--help" in argv or "-h" in argv:
-        print(cli.overview(FLAGS) if "--help" in argv or "-h" in argv else cli.list_configs())
+    own = make_flags()
+    if "--help" in argv or "-h" in argv:
+        print(cli.overview(own))
         return 0
-    spec = cli.spec_of(argv)
+    if len(argv) == 1:
+        print(cli.list_configs())
+        return 0
     with cli.one_line_errors(debug="--debug_errors" in argv) as outcome:
-        config = cli.parse(FLAGS, argv)
-        cli.start(FLAGS.mode)
-        run(config, spec)
+        spec = cli.spec_of(argv)
+        config = cli.parse(own, argv)
+        cli.start(own.mode)
+        run(config, own, spec)
     return outcome.code
 
 

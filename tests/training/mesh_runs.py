@@ -1,6 +1,6 @@
 """Trains the toy on the meshes named in argv, one after the other, in one process of many devices.
 
-    python mesh_runs.py WORKDIR STEPS data,fsdp,tensor,seq[:WORKDIR-TO-CONTINUE] ...
+python mesh_runs.py WORKDIR STEPS data,fsdp,tensor,seq[:WORKDIR-TO-CONTINUE] ...
 """
 
 import os

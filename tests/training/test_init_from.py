@@ -1,0 +1,88 @@
+"""config.init_from: whole models and parts, from published files and from runs of ours."""
+
+import jax
+import numpy as np
+import pytest
+
+from export.weights import flat_map, save_safetensors, to_published
+from training import init_from, setup
+from training.sharding import scope
+from training.state import INIT, create, key_for
+from training.tree import flat
+
+
+def first_state(config):
+    """The state before step one, with init_from applied."""
+    run = setup.prepare(config)
+    with scope(run.mesh):
+        loaded = init_from.load(config, run.model, run.plan.params)
+        return create(run.plan, key_for(config, INIT), loaded)
+
+
+def test_parse():
+    assert init_from.parse("") == {} and init_from.parse("a/b") == {"": "a/b"}
+    assert init_from.parse("vae=x/y, gemma=z") == dict(vae="x/y", gemma="z")
+    for wrong in ("vae=", "a=b,a=c"):
+        with pytest.raises(ValueError, match=f"config.init_from='{wrong}' must be DIR or name="):
+            init_from.parse(wrong)
+
+
+def test_from_files(toy, tmp_path):
+    """A whole model and one part of it; the averages start from the loaded values too."""
+    config = toy.config(seed=5)
+    params, _ = first_state(config)
+    params = jax.tree.map(np.asarray, params["params"])
+    save_safetensors(tmp_path / "all.safetensors", to_published(params, flat_map(params)))
+    head = params["head"]
+    save_safetensors(tmp_path / "head.safetensors", to_published(head, flat_map(head)))
+
+    state, _ = first_state(toy.config(init_from=str(tmp_path / "all.safetensors")))
+    jax.tree.map(np.testing.assert_array_equal, state["params"], params)
+    for name, value in flat(state["params"]).items():
+        np.testing.assert_array_equal(state["ema"][name], value)
+
+    part, _ = first_state(toy.config(init_from=f"head={tmp_path / 'head.safetensors'}"))
+    np.testing.assert_array_equal(part["params"]["head"]["kernel"], head["kernel"])
+    fresh, _ = first_state(toy.config())
+    np.testing.assert_array_equal(part["params"]["trunk"]["up"], fresh["params"]["trunk"]["up"])
+
+
+def test_the_loop_starts_from_them_and_resumes_without(toy, tmp_path):
+    """Loaded weights change step 1; a resume no longer needs the file."""
+    toy.train(tmp_path / "source", seed=5)
+    args = dict(init_from=str(tmp_path / "source"), checkpoint__every=3)
+    losses = toy.train(tmp_path / "run", steps=6, **args)
+    assert losses[1] != toy.train(tmp_path / "plain", steps=6)[1]
+    (tmp_path / "source").rename(tmp_path / "gone")
+    assert len(toy.train(tmp_path / "run", steps=9, **args)) == 9
+
+
+def test_from_a_run_takes_its_averages(toy, reference):
+    state, _ = first_state(toy.config(init_from=str(reference[0])))
+    _, used, _ = setup.load_for_use(toy.config(), reference[0])
+    jax.tree.map(np.testing.assert_array_equal, state["params"], used)
+
+
+def test_frozen_parts_are_loaded_before_they_freeze(toy, reference):
+    config = toy.config(init_from=str(reference[0]), objective__freeze=("trunk",))
+    _, frozen = first_state(config)
+    _, used, _ = setup.load_for_use(toy.config(), reference[0])
+    jax.tree.map(np.testing.assert_array_equal, frozen["params"]["trunk"], used["trunk"])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("nowhere", "config.init_from='nowhere': nowhere does not exist"),
+        ("vae=nowhere", "config.init_from='vae=nowhere': the model has no part 'vae'; its parts"),
+    ],
+)
+def test_mistakes_are_named(toy, text, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        first_state(toy.config(init_from=text))
+
+
+def test_wrong_file_lists_the_names(toy, tmp_path):
+    save_safetensors(tmp_path / "x.safetensors", {"kernel": np.zeros((3, 2), np.float32)})
+    with pytest.raises(ValueError, match="missing: bias.*mis-shaped: kernel"):
+        first_state(toy.config(init_from=f"head={tmp_path / 'x.safetensors'}"))
