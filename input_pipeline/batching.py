@@ -7,7 +7,6 @@ batch is the same on 1 and on 1,000 processes, and a run may resume on another n
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import grain
 import numpy as np
@@ -68,8 +67,3 @@ def assemble(
     zipped = grain.experimental.ZipMapDataset([part[:shortest] for part in parts.values()])
     ds = zipped.seed(seed).random_map(lambda got, rng: make(dict(zip(names, got)), rng))
     return Prefetched(ds, prefetch)
-
-
-def describe(batch: Mapping[str, Any]) -> str:
-    """One line that names every array of a batch with its type and shape."""
-    return ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in sorted(batch.items()))

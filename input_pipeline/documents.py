@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from input_pipeline import openmoji, records, scenes, store
 from input_pipeline.records import Skipped
 
-NOT_LIBRARY = frozenset({"test", "tests", "site-packages", "idlelib", "__phello__"})
+NOT_LIBRARY = frozenset({"test", "tests", "site-packages"})
 TEXTS = frozenset({".txt", ".md", ".jsonl"})
 Document = tuple[str, str]  # where it comes from, its text
 
@@ -186,7 +186,7 @@ def _load(path: Path, split: str, limit: int) -> tuple[tuple[str, ...], dict[str
     for index in range(len(source)):
         try:
             texts.append(source[index]["text"].decode())
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, AttributeError) as error:  # None: cut short
             skipped.add(f"record {index} of {path.name}/{split}", error)
     return tuple(texts), skipped.counts
 

@@ -54,12 +54,6 @@ def encode_png(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def decode_image(encoded: bytes) -> np.ndarray:
-    """uint8 [h, w, 3] of PNG, JPEG or WebP bytes."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        return np.asarray(image.convert("RGB"))
-
-
 def _features() -> tfds.features.FeaturesDict:
     text = tfds.features.Text
     return tfds.features.FeaturesDict(
@@ -88,6 +82,7 @@ def _to_record(example: Example) -> dict[str, Any]:
 class ImageTextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Builder of one set; a subclass per source gives `examples(split)` in stored order."""
 
+    # Stored sets are found by it: a subclass raises its own when what it stores changes.
     VERSION = tfds.core.Version("1.0.0")
 
     def examples(self, split: str) -> Iterator[Example]:

@@ -7,6 +7,7 @@ are drawn in any order, by any number of processes, and a position in the data i
 """
 
 import hashlib
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,20 +48,22 @@ def pack(texts, tokenizer: tokenizers.TextTokenizer, length: int) -> Windows:
 def windows(data, split: str) -> tuple[Windows, tokenizers.TextTokenizer, dict[str, int]]:
     """(packed windows of a split in a fixed order, tokenizer, what was skipped)."""
     tokenizer = tokenizers.load(data)
-    texts, counts = documents.load(data, split)
-    if not texts:
-        raise ValueError(f"config.data.text={data.text!r} has no document in split {split!r}")
+    source = documents.prepare(data)
     spelling = hashlib.sha256(tokenizer.inner.to_str().encode()).hexdigest()[:12]
-    key = f"windows/{documents.prepare(data).name}-{spelling}-{data.length}-{split}"
+    key = f"windows/{source.name}-{spelling}-{data.length}-{split}"
 
     def make(path: Path) -> None:
+        texts, counts = documents.load(data, split)
+        if not texts:
+            raise ValueError(f"config.data.text={data.text!r} has no document in split {split!r}")
         path.mkdir()
         for name, array in pack(texts, tokenizer, data.length)._asdict().items():
             np.save(path / f"{name}.npy", array)
+        (path / "counts.json").write_text(json.dumps(counts))
 
     path = store.prepare_once(data, key, make)
     arrays = (np.load(path / f"{name}.npy", mmap_mode="r") for name in Windows._fields)
-    return Windows(*arrays), tokenizer, counts
+    return Windows(*arrays), tokenizer, json.loads((path / "counts.json").read_text())
 
 
 def build(config, *, split: str, seed: int, process_index: int, process_count: int) -> Pipeline:

@@ -1,7 +1,9 @@
 """Prepared data is kept between test runs, in a folder that changes with the code that makes it."""
 
 import hashlib
+import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import ml_collections
@@ -19,6 +21,14 @@ def cache_dir() -> Path:
     for path in sorted((ROOT / "input_pipeline").glob("*.py")):
         digest.update(path.read_bytes())
     return Path(tempfile.gettempdir()) / f"uniflud-test-data-{digest.hexdigest()[:12]}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _forget_old_data():
+    """Removes what earlier versions of the code prepared, a day after its last use."""
+    for path in Path(tempfile.gettempdir()).glob("uniflud-test-data-*"):
+        if path.stat().st_mtime < time.time() - 86_400:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -63,6 +63,12 @@ def test_equal_pictures_share_a_group():
     assert len(sizes) == 3731 and sum(n > 1 for n in sizes.values()) == 182
     row = {name["en"]: i for i, name in enumerate(found.names)}
     assert found.group[row["farmer"]] == found.group[row["man farmer"]]
+    groups = {
+        split: openmoji.load_glyphs(data_config(), split, 64).group.tolist()
+        for split in ("train", "validation", "test")
+    }
+    seen = {k: sum(g in set(groups["train"]) for g in v) for k, v in groups.items()}
+    assert seen == {"train": 3583, "validation": 0, "test": 30}  # docs/data.md says so
     by_pixels: dict[bytes, set] = {}
     for image, group in zip(found.images, found.group):
         by_pixels.setdefault(image.tobytes(), set()).add(int(group))

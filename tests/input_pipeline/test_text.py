@@ -97,7 +97,7 @@ def test_captions_use_the_tokenizer_of_the_pictures(make_config):
         tokenizers.load(config.data).inner.to_str() == tokenizers.load(pictures.data).inner.to_str()
     )
     texts, _ = documents.load(config.data, "train")
-    assert "snail" in texts and "Schnecke" in texts or "schnecke" in texts
+    assert "snail" in texts and "schnecke" in texts
     assert any(" on " in t for t in texts)
     assert "Kuwait" not in texts and "caracol" not in texts
 
