@@ -57,7 +57,7 @@ SIZES = {
     "kl16": KLVAEConfig(attn=(4,), latent_std=1 / 0.2325),
     "sd_f8": KLVAEConfig(mult=(1, 2, 4, 4), z=4, patch=2, latent_std=1 / 0.18215),
     "small_32": KLVAEConfig(
-        ch=32, mult=(1, 2, 2), z=16, res_blocks=1, groups=8, stem=2, resolution=32
+        ch=64, mult=(1, 1), z=16, res_blocks=1, groups=8, stem=4, resolution=32
     ),
     "small_64": KLVAEConfig(
         ch=64, mult=(1, 1), z=16, res_blocks=1, groups=8, stem=4, resolution=64

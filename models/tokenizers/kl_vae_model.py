@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, UInt8
 
 from models import Model, sized
 from models.blocks import perceptual
-from models.tokenizers import kl_vae
+from models.tokenizers import kl_vae, kl_vae_weights
 
 MOMENTUM = 0.99  # of the running statistics of the latents
 
@@ -131,6 +131,17 @@ def build(config) -> Model:
     def decode(params, z):
         return kl_vae.decode(params, cfg, z, dtype=dtype)
 
+    def encode_latents(params, images):
+        z = kl_vae.posterior_mean(encode(params, images))
+        return kl_vae.tokens_from_latents(kl_vae.normalise(z, params["latents"]), cfg.patch)
+
+    def decode_latents(params, tokens):
+        z = kl_vae.latents_from_tokens(tokens, cfg.patch)
+        return decode(params, kl_vae.denormalise(z, params["latents"]))
+
+    def reconstruct(params, images):
+        return decode(params, kl_vae.posterior_mean(encode(params, images)))
+
     def spec(*shape, dtype):
         return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
 
@@ -141,9 +152,9 @@ def build(config) -> Model:
         predict={
             "encode": encode,
             "decode": decode,
-            "reconstruct": lambda params, x: decode(
-                params, kl_vae.posterior_mean(encode(params, x))
-            ),
+            "reconstruct": reconstruct,
+            "encode_latents": encode_latents,
+            "decode_latents": decode_latents,
             "generate": generate,
             "finalise": finalise,
         },
@@ -153,6 +164,7 @@ def build(config) -> Model:
                 "label": spec(dtype=jnp.int32),
             }
         },
+        weights=kl_vae_weights.weight_map(cfg),
     )
 
 
