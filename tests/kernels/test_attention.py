@@ -192,4 +192,4 @@ def test_dispatch(monkeypatch):
     with pytest.raises(ValueError, match="impl='cuda', allowed: auto, ref, xla"):
         attention(q, k, v, None, impl="cuda")
     with pytest.raises(ValueError, match="4 query heads"):
-        attention(q, k[:, :, [0, 0, 0]], v, None)
+        attention(q, *(jnp.repeat(x, 3, axis=2) for x in (k, v)), None)

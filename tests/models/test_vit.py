@@ -30,7 +30,8 @@ def golden():
     file = np.load(GOLDEN / "siglip.npz")
     weights = {key[2:]: file[key] for key in file if key.startswith("w:")}
     params = from_published(weights, siglip_weights.weight_map(TINY), abstract(TINY, "pooled"))
-    return file, weights, params
+    arrays = {key: jnp.asarray(file[key]) for key in ("images", "tokens", "pooled")}
+    return arrays, weights, jax.tree.map(jnp.asarray, params)
 
 
 def test_2_exact_parameter_counts():
