@@ -14,9 +14,9 @@ from eval.run import REFERENCES, write_json
 
 SHOWN = 8  # columns when config.evaluation.table.metrics names none: of these, or the first ones
 HEADLINES = (
-    "retrieval/train_feature_top1", "retrieval/train_latent_top1",
-    "retrieval/held_out_feature_top1", "retrieval/held_out_latent_top1", "kid/kid",
-    "captioning/held_out_loss", "captioning/train_accuracy", "questions/mean",
+    "retrieval/train_top1_classifier", "retrieval/train_top1_latent",
+    "retrieval/held_out_top1_classifier", "retrieval/held_out_top1_latent", "kid/kid",
+    "captioning/held_out_loss", "captioning/train_accuracy", "questions/accuracy",
 )  # fmt: skip
 
 

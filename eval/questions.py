@@ -38,13 +38,13 @@ def by_kind(questions, answers) -> dict[str, float]:
         metrics[f"{kind}_majority"] = common_answer / len(pairs)
     if metrics:
         kinds = sorted({q.kind for q in questions})
-        metrics["mean"] = float(np.mean([metrics[k] for k in kinds]))
-        metrics["mean_majority"] = float(np.mean([metrics[f"{k}_majority"] for k in kinds]))
+        metrics["accuracy"] = float(np.mean([metrics[k] for k in kinds]))
+        metrics["accuracy_majority"] = float(np.mean([metrics[f"{k}_majority"] for k in kinds]))
     return metrics
 
 
 def build(config):
-    """Evaluator "questions": count, colour, position, presence, mean; each with _majority."""
+    """Evaluator "questions": count, colour, position, presence, accuracy (their mean); each with _majority."""
 
     def evaluate(model, params, *, step, rng, workdir):
         images, questions = asked_questions(config)

@@ -42,7 +42,7 @@ def spaces(config, model, params) -> dict:
     classify = data.classifier_features(config)
     found = {"latent": latents}
     if classify is not None:
-        found["feature"] = lambda images: common.in_batches(
+        found["classifier"] = lambda images: common.in_batches(
             classify, len(images), batch, lambda i: common.to_float(images[i])
         )
     return found
@@ -80,7 +80,7 @@ def build(config):
             for space, features in spaces(config, model, params).items():
                 rank = ranks(features(part.images), features(part.real), features(pictures), sets)
                 for top in (1, 5):
-                    key = f"{split}_{space}_top{top}"
+                    key = f"{split}_top{top}_{space}"
                     metrics[key] = float((rank < top).mean())
                     metrics[f"{key}_chance"] = min(1.0, top / (others + 1))
             metrics[f"{split}_pictures"] = float(len(part.captions))

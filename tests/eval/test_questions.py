@@ -18,7 +18,7 @@ def test_kinds_are_balanced_and_scored(config, oracle, params, tmp_path):
     assert metrics["colour_majority"] == 1.0 and 0.5 <= metrics["count_majority"] < 1.0
     oracle.perfect = False
     metrics = measure(config, oracle, params, tmp_path)
-    assert metrics["colour"] == 1.0 and metrics["count"] == 0.0 and metrics["mean"] == 0.5
+    assert metrics["colour"] == 1.0 and metrics["count"] == 0.0 and metrics["accuracy"] == 0.5
 
 
 def test_by_kind():
@@ -26,7 +26,7 @@ def test_by_kind():
     metrics = questions.by_kind(asked, ["1", "2", "2", "no"])
     assert metrics["count"] == pytest.approx(2 / 3) == metrics["count_majority"]
     assert metrics["presence"] == 0.0 and metrics["presence_majority"] == 1.0
-    assert metrics["mean"] == pytest.approx(1 / 3)
+    assert metrics["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_no_questions_no_metrics():

@@ -15,9 +15,9 @@ def measure(config, oracle, params, tmp_path, step=1):
 def test_a_perfect_painter_finds_every_glyph(config, oracle, params, tmp_path):
     metrics = measure(config, oracle, params, tmp_path)
     for split in ("train", "held_out"):
-        assert metrics[f"{split}_latent_top1"] == metrics[f"{split}_latent_top5"] == 1.0
-        assert metrics[f"{split}_latent_top1_chance"] == 1 / 16
-        assert metrics[f"{split}_latent_top5_chance"] == 5 / 16
+        assert metrics[f"{split}_top1_latent"] == metrics[f"{split}_top5_latent"] == 1.0
+        assert metrics[f"{split}_top1_latent_chance"] == 1 / 16
+        assert metrics[f"{split}_top5_latent_chance"] == 5 / 16
         assert metrics[f"{split}_pictures"] == 10
     assert oracle.drawn_with[0] == {"guidance": 2.0, "steps": 3}  # of config.sample, what it knows
 
@@ -25,7 +25,7 @@ def test_a_perfect_painter_finds_every_glyph(config, oracle, params, tmp_path):
 def test_one_picture_for_everything_is_at_chance(config, oracle, params, tmp_path):
     oracle.perfect = False
     metrics = measure(config, oracle, params, tmp_path)
-    assert metrics["train_latent_top1"] <= 0.2 and metrics["held_out_latent_top1"] <= 0.2
+    assert metrics["train_top1_latent"] <= 0.2 and metrics["held_out_top1_latent"] <= 0.2
 
 
 def test_ranks_count_ties_and_nan_against_the_model():
