@@ -32,6 +32,7 @@ def make_flags() -> flags.FlagValues:
 def run(config, own: flags.FlagValues, spec: str) -> None:
     """One mode of one config."""
     workdir = Path(own.workdir or cli.default_workdir(spec))
+    cli.check_mode(own.mode, config.task)
     match own.mode:
         case "train":
             cli.task(TASKS, config, workdir)

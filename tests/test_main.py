@@ -73,6 +73,7 @@ MISTAKES = [
     ([CONFIG, "--config.mesh.fsdp=16"], "config.mesh={"),
     ([CONFIG, "--config.steps=0"], "config.steps=0 must be at least 1"),
     ([CONFIG, "--config.checkpoint.keep=0"], "config.checkpoint.keep=0 must be at least 1"),
+    (["--config=configs/loss_curve.py", "--mode=eval"], "--mode=eval is for configs of task train"),
     ([CONFIG, "--mode=eval"], "holds no checkpoint; train first"),
 ]
 

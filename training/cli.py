@@ -89,6 +89,12 @@ def load(name: str) -> Callable:
     return getattr(importlib.import_module(module), function)
 
 
+def check_mode(mode: str, task: str) -> None:
+    """Modes beside train are about a trained model."""
+    if mode != "train" and task != "train":
+        raise ValueError(f"--mode={mode} is for configs of task train; this one is task {task!r}")
+
+
 def task(tasks: dict[str, str], config, workdir: Path) -> None:
     """What config.task names."""
     if config.task not in tasks:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from models import MODELS
 from training import init_from, metrics, state
@@ -84,8 +85,9 @@ class _Loop:
         fresh = self.done < steps
         self._announce()
         try:
+            self.watch.guard = True
             if self.resumed:
-                self._between(self.done, saved=True)
+                self._between(self.done, resuming=True)
             self.clock.lap()
             with jax.transfer_guard("disallow"):
                 while self.done < steps:
@@ -160,7 +162,9 @@ class _Loop:
                 f"config.data.name={self.config.data.name!r} ended at step {self.done} of "
                 f"{self.config.steps}: the data set must repeat"
             ) from None
-        return global_batch(match_bucket(local, self.run_.model.batches), self.run_.mesh)
+        if self.run_.objective.rollout is None:  # else these are prompts, not a batch yet
+            local = match_bucket(local, self.run_.model.batches)
+        return global_batch(local, self.run_.mesh)
 
     def _flush(self) -> None:
         """Fetch the numbers of the step before; stop when they are not finite; log them."""
@@ -191,14 +195,18 @@ class _Loop:
         if jax.process_index() == 0:
             print(metrics.progress(step, self.config.steps, values), flush=True)
 
-    def _between(self, step: int, saved: bool = False) -> None:
-        """Saving, evaluating, sampling and stopping after `step`, as far as due."""
+    def _between(self, step: int, resuming: bool = False) -> None:
+        """Saving, evaluating, sampling and stopping after `step`, as far as due.
+
+        Resuming: what was due at the checkpoint's own step and had not been done.
+        """
         c, begin = self.config, time.perf_counter()
-        end = step >= c.steps
-        evals = self._due(c.evals, c.eval_every, step) and self._no_eval_yet(step)
-        samples = self._due(c.sample.prompts, c.sample_every, step) and self._no_sample_yet(step)
+        evals = self._due(c.evals, c.eval_every, step)
+        samples = self._due(c.sample.prompts, c.sample_every, step)
+        if resuming:
+            evals, samples = evals and self._lacks("eval/"), samples and self._lacks("sample/")
         stop = self.watch.asked(step)
-        save = not saved and (end or stop or step % c.checkpoint.every == 0)
+        save = not resuming and (step >= c.steps or stop or step % c.checkpoint.every == 0)
         if not (save or evals or samples or stop):
             return
         self._flush()
@@ -219,12 +227,14 @@ class _Loop:
     def _due(self, what, every: int, step: int) -> bool:
         return bool(what) and (step >= self.config.steps or (every > 0 and step % every == 0))
 
-    def _no_eval_yet(self, step: int) -> bool:
-        return not (self.resumed and (self.workdir / "eval" / f"{step}.json").exists())
-
-    def _no_sample_yet(self, step: int) -> bool:
-        rows = metrics.read_rows(self.workdir / "metrics.jsonl") if self.resumed else []
-        return not any(row["step"] == step and "sample/seconds" in row for row in rows)
+    def _lacks(self, prefix: str) -> bool:
+        """Whether the log has no such row for the current step; the first host's word counts."""
+        rows = metrics.read_rows(self.workdir / "metrics.jsonl")
+        here = (row for row in rows if row["step"] == self.done)
+        lacks = not any(key.startswith(prefix) for row in here for key in row)
+        if jax.process_count() > 1:
+            lacks = bool(multihost_utils.broadcast_one_to_all(np.array(lacks)))
+        return lacks
 
     def _look(self, step: int, params: Any, evals: bool, samples: bool) -> None:
         """Evaluators and samples on `params`; changes nothing of the run."""

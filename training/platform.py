@@ -1,5 +1,6 @@
 """What must be decided before jax is imported, and right after: devices, hosts, compile cache."""
 
+import contextlib
 import glob
 import os
 import sys
@@ -35,8 +36,11 @@ def before_jax() -> None:
     xla = os.environ.get("XLA_FLAGS", "")
     if "host_platform_device_count" in xla and SAFE_COLLECTIVES not in xla:
         os.environ["XLA_FLAGS"] = f"{xla} {SAFE_COLLECTIVES}"
-    cache = Path.home() / ".cache" / "uniflud" / "jax"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path.home() / ".cache" / "uniflud" / "jax"
+        with contextlib.suppress(OSError):  # no home to write to: no cache
+            cache.mkdir(parents=True, exist_ok=True)
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C: finish the step, save, stop. A second Ctrl-C stops at once."""
 
 import signal
+import threading
 from contextlib import contextmanager
 
 import jax
@@ -22,14 +23,20 @@ class Interrupted(BaseException):
 
 
 class Watch:
-    """Listens for the stop signals while it is entered."""
+    """Listens for the stop signals while it is entered.
+
+    Before `guard` is set there is nothing to save: a signal ends the process at once.
+    """
 
     def __init__(self):
         self.signum = 0
+        self.guard = False
         self._inside = False
         self._old = {}
 
     def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            return self  # a notebook's worker: only the main thread may listen
         for signum in (signal.SIGTERM, signal.SIGINT):
             if jax.process_count() > 1 and signum == signal.SIGTERM:
                 continue  # jax's own service listens, so that all hosts stop at the same step
@@ -41,8 +48,8 @@ class Watch:
             signal.signal(signum, handler)
 
     def _note(self, signum, _frame):
-        if self.signum == signal.SIGINT == signum:
-            raise KeyboardInterrupt
+        if not self.guard or self.signum == signal.SIGINT == signum:
+            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
         self.signum = signum
         if self._inside and jax.process_count() == 1:
             self._inside = False

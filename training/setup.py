@@ -20,6 +20,7 @@ FREE = {
     *("steps", "accumulate", "remat", "mesh", "init_from", "checkpoint", "log_every"),
     *("evals", "eval_every", "evaluation", "sample", "sample_every", "runs", "report"),
     *("tensorboard", "wandb", "profile"),
+    *("data.dir", "data.cache_mb", "data.prefetch", "data.max_unreadable"),
 }
 
 USED = ("params", "ema", "extra")  # parts of a state that evaluation and samples need
@@ -108,7 +109,7 @@ def check_same(config, saved: dict, where: Path, only: tuple[str, ...] = ()) -> 
 
     def matters(key):
         head = key.partition(".")[0]
-        return head in only if only else head not in FREE
+        return head in only if only else head not in FREE and key not in FREE
 
     plain = lambda v: list(v) if isinstance(v, tuple) else v  # noqa: E731
     lists = lambda v: [lists(x) for x in v] if isinstance(v, tuple | list) else v  # noqa: E731

@@ -158,6 +158,16 @@ def test_evaluators_get_the_averages(toy, reference, tmp_path):
         loop.evaluate(toy.config(), tmp_path)
 
 
+def test_evaluations_after_the_checkpoint_are_made_again(toy, tmp_path):
+    """Killed at step 7 with a checkpoint of step 4: the evaluation of step 6 is logged again."""
+    toy.train(tmp_path, steps=4)
+    (tmp_path / "eval" / "6.json").write_text("{}")  # left by the part that is lost
+    toy.train(tmp_path, steps=8, eval_every=2)
+    evaluated = [r["step"] for r in toy.rows(tmp_path) if "eval/toy/mean" in r]
+    assert evaluated == [4, 6, 8]
+    assert "toy/mean" in (tmp_path / "eval" / "6.json").read_text()
+
+
 def test_profiler_window(toy, tmp_path):
     """profile=(3, 2) traces two steps after step 3 and leaves a trace file."""
     toy.train(tmp_path, steps=8, profile=(3, 2))
