@@ -15,6 +15,7 @@ def data_config(**overrides) -> ml_collections.ConfigDict:
         dict(
             name="image_text",  # image_text | images | text
             source="openmoji+scenes",  # openmoji | scenes | folder, joined with "+"
+            captioned="",  # sources of the pictures to draw and to caption; "" = source
             dir="~/.cache/uniflud/data",  # prepared sets; the env var UNIFLUD_CACHE wins
             path="",  # folder of pictures and captions (source="folder"), or of texts
             image_size=32,  # side in pixels of the pictures to generate

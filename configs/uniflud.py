@@ -71,6 +71,7 @@ def get_config(arg=""):
         objective=dict(name="model", freeze=("vae",)),
         data=data_config(
             name="image_text",
+            captioned="openmoji",
             categories=("food", "nature", "travel"),
             skin_tones=False,
             latents="models/tokenizers/weights/kl_vae_32.safetensors",
@@ -115,7 +116,9 @@ def _full(config):
     config.model.vae.size = "small_64"
     config.model.head.update(width=384, depth=3)
     weights = "models/tokenizers/weights/kl_vae_64.safetensors"
-    config.data.update(categories=("all",), skin_tones=True, image_size=64, latents=weights)
+    config.data.update(
+        captioned="", categories=("all",), skin_tones=True, image_size=64, latents=weights
+    )
     config.init_from = f"vae={weights}"
     config.schedule.update(warmup=500, decay=10_000)
     config.ema.decay = 0.9995
@@ -123,7 +126,7 @@ def _full(config):
 
 
 def _edit(config):
-    config.data.update(edit=True, source="scenes")
+    config.data.update(edit=True, source="scenes", captioned="")
     config.steps = 1000
     config.evals = ("edits",)
 

@@ -92,7 +92,7 @@ def _need(count: int, batch: int, key: str, what: str, data) -> None:
 def _generation(config, split: str, texts: _Texts) -> tuple[int, Callable]:
     """(count, make(indices, u)) of plain text-to-image rows."""
     data = config.data
-    found = sources.load(data, split, data.image_size)
+    found = sources.load(data, split, data.image_size, data.captioned)
     where, pairs = _captioned(found, tuple(data.langs))
     moments = latents.moments(config, found, split) if data.latents else None
 
@@ -109,9 +109,11 @@ def _generation(config, split: str, texts: _Texts) -> tuple[int, Callable]:
 
 def _understanding(data, split: str, texts: _Texts, counts: dict[str, int]):
     """(captions, questions, make(caption indices, question indices, u)) of understanding rows."""
-    found = sources.load(data, split, data.und_size or data.image_size)
+    size = data.und_size or data.image_size
+    found = sources.load(data, split, size)
     counts.update(found.counts)
-    where, pairs = _captioned(found, tuple(data.langs))
+    named = sources.load(data, split, size, data.captioned) if data.captioned else found
+    where, pairs = _captioned(named, tuple(data.langs))
     asked = np.array([i for i, e in enumerate(found.items) if e.questions], np.int64)
 
     def make(captions: np.ndarray, questions: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
@@ -123,7 +125,8 @@ def _understanding(data, split: str, texts: _Texts, counts: dict[str, int]):
             chosen = _pick(found.items[asked[i]].questions, x)
             got.append(texts.answered(chosen.question, chosen.answer))
         tokens, prefix, length = _stack(got, "tokens", "prefix", "length")
-        images = found.pictures.gather(np.concatenate([where[captions], asked[questions]]))
+        wanted = ((named, where[captions]), (found, asked[questions]))
+        images = np.concatenate([s.pictures.gather(i) for s, i in wanted if len(i)])
         return {
             "und_image": images,
             "und_tokens": tokens,

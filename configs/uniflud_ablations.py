@@ -1,0 +1,59 @@
+"""Ablations of UniFluid: one command trains every run with three seeds, then a table and a plot.
+
+    python main.py --config=configs/uniflud_ablations.py:lam
+
+Aims at the paper's figures on the loss weight and on token order (arXiv 2503.13436; Fluid, arXiv
+2410.13863). Each run is the default of configs/uniflud.py with fewer steps; a killed command
+continues where it was. Leaves report.md, report.json and report.png in the workdir.
+
+| variant | compares | expected sign |
+| --- | --- | --- |
+| (none), lam | seven loss weights of the text term | larger: text better, pictures worse |
+| order | random order, raster, random without P_next | random draws best, without P_next worst |
+| joint | pictures only, text only, both | small weights of text do not hurt pictures |
+| debug | two loss weights, debug models | under two minutes |
+"""
+
+from configs import common
+
+LAMBDAS = (0.005, 0.01, 0.05, 0.1, 0.2, 1.0, 2.0)
+SEEDS = (0, 1, 2)
+PICTURES = (
+    "retrieval/train_top1_classifier",
+    "retrieval/train_top1_latent",
+    "retrieval/held_out_top1_classifier",
+)
+TEXT = ("captioning/train_loss", "captioning/held_out_loss", "questions/accuracy")
+SHORT = ("steps=800", "schedule.decay=250", 'evals=("captioning","questions","retrieval")')
+
+
+def get_config(arg=""):
+    """The list of runs of one ablation."""
+    variant = common.parse_arg(arg, ("lam", "order", "joint", "debug")).variant
+    if variant == "debug":
+        groups = {f"lam={lam}": (f"model.lam={lam}",) for lam in (0.1, 1.0)}
+        return _runs(groups, "configs/uniflud.py:debug", (0,), ('evals=("captioning",)',))
+    if variant == "order":
+        groups = {
+            "random": (),
+            "raster": ("model.order=raster", "sample.order=raster"),
+            "random without P_next": ("model.order_pos=self",),
+        }
+        return _runs(groups)
+    if variant == "joint":
+        groups = {
+            "pictures only": ("data.mix.caption=0.0", "data.mix.vqa=0.0", "batch_size=32"),
+            "both": ("model.lam=0.05",),
+            "text only": ("data.mix.t2i=0.0", "batch_size=32", "model.lam=1.0"),
+        }
+        return _runs(groups)
+    return _runs({f"lam={lam}": (f"model.lam={lam}",) for lam in LAMBDAS})
+
+
+def _runs(groups, spec="configs/uniflud.py", seeds=SEEDS, extra=SHORT):
+    runs = tuple(
+        (f"{group}/seed{seed}", spec, (*extra, *overrides, f"seed={seed}"))
+        for group, overrides in groups.items()
+        for seed in seeds
+    )
+    return common.base(task="runs", runs=runs, report="ablation_table")
