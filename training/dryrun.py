@@ -74,18 +74,21 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-class Step(NamedTuple):
-    """A jitted function with abstract, sharded arguments, ready to be lowered for the topology."""
+class Built(NamedTuple):
+    """A model with its plan and the loop's own jitted step, its arguments abstract and sharded."""
 
-    jitted: Any
+    model: Any
+    plan: Any
+    step: Any
     args: tuple
+    batch_bytes: int  # of one device
 
 
 def measure(config, name: str) -> dict[str, Any]:
     """Everything the table shows, as plain numbers; jax must be running on the CPU."""
     import jax
 
-    from training import flops, hlo
+    from training import flops
     from training.setup import check
     from training.sharding import make_mesh, scope
     from training.state import count
@@ -95,34 +98,46 @@ def measure(config, name: str) -> dict[str, Any]:
     config = _with_vocabulary(config)
     mesh = make_mesh(config.mesh, topologies.devices(topology))
     with scope(mesh):
-        plan, step, batch = _train_step(config, mesh)
-        arguments = sum(map(_shard_bytes, jax.tree.leaves(step.args)))
-        traced = step.jitted.trace(*step.args)
+        built = _build(config, mesh)
+        traced = built.step.trace(*built.args)
         executed = flops.jaxpr_flops(traced.jaxpr.jaxpr)
         model_flops = executed if config.remat == "none" else _model_flops(config, mesh)
         start = time.perf_counter()
         compiled, problem = _compile(traced, topology)
         seconds = time.perf_counter() - start
-        sampler = _sampler(config, mesh, topology)
+        sampler = _sampler(config, built, topology)
+    arguments = sum(map(_shard_bytes, jax.tree.leaves(built.args)))
     result = dict(
-        params=count(plan.params), topology=name, devices=topology.count,
-        argument_bytes=arguments, hbm_bytes=topology.chip.hbm, flops_per_step=model_flops,
-        compile_seconds=round(seconds, 2), batch_bytes=batch, problem=problem, sampler=sampler,
-    )  # fmt: skip
-    result |= _memory(compiled, arguments, problem, topology.chip)
-    result |= dict(collectives={}, estimated_step_seconds=None, estimated_mfu=None)
-    if compiled is not None:
-        program = hlo.analyse(compiled.as_text(), topology.count)
-        cost = estimate(program, executed, result, topology, config.accumulate)
-        peak = topology.chip.peak
-        result |= dict(
-            collectives=hlo.summarise(program.collectives),
-            estimated_step_seconds=cost["seconds"],
-            estimated_mfu=flops.mfu(model_flops, cost["seconds"], topology.count, peak),
-            parts=cost,
-        )
-    result["advice"] = [] if result["fits"] else advice(config, plan, result)
+        params=count(built.plan.params),
+        topology=name,
+        devices=topology.count,
+        hbm_bytes=topology.chip.hbm,
+        flops_per_step=model_flops,
+        compile_seconds=round(seconds, 2),
+        batch_bytes=built.batch_bytes,
+        sampler=sampler,
+        **_memory(compiled, arguments, problem, topology.chip),
+    )
+    result |= _speed(compiled, executed, result, topology, config.accumulate)
+    result["advice"] = [] if result["fits"] else advice(config, result)
     return result
+
+
+def _speed(compiled, executed: int, result: dict, topology, accumulate: int) -> dict[str, Any]:
+    """Collectives and the estimate of a compiled step; empty for one that does not compile."""
+    from training import flops, hlo
+
+    if compiled is None:
+        return dict(collectives={}, estimated_step_seconds=None, estimated_mfu=None)
+    program = hlo.analyse(compiled.as_text(), topology.count)
+    parts = estimate(program, executed, result, topology, accumulate)
+    peak, seconds = topology.chip.peak, parts["seconds"]
+    return dict(
+        collectives=hlo.summarise(program.collectives),
+        estimated_step_seconds=seconds,
+        estimated_mfu=flops.mfu(result["flops_per_step"], seconds, topology.count, peak),
+        parts=parts,
+    )
 
 
 def _with_vocabulary(config):
@@ -140,8 +155,8 @@ def _with_vocabulary(config):
         pipeline.close()
 
 
-def _train_step(config, mesh) -> tuple[Any, Step, int]:
-    """(plan, the loop's own jitted step with its arguments, bytes of the batch on one device)."""
+def _build(config, mesh) -> Built:
+    """What the loop builds, for the largest shape bucket: that one decides what fits."""
     import jax
 
     from models import MODELS
@@ -153,15 +168,14 @@ def _train_step(config, mesh) -> tuple[Any, Step, int]:
     model = MODELS[config.model.name](config)
     objective = OBJECTIVES[config.objective.name](model, config)
     plan = make_plan(model, objective, config, mesh)
-    buckets = {k: sum(x.size for x in v.values()) for k, v in model.batches.items()}
-    shapes = model.batches[max(buckets, key=buckets.get)]  # the largest decides what fits
+    shapes = max(model.batches.values(), key=lambda batch: sum(x.size for x in batch.values()))
     batch = {
         key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(x.shape, mesh, key))
         for key, x in shapes.items()
     }
     step = jit_train_step(build_train_step(model, objective, plan, config), plan)
     batch_bytes = sum(map(_shard_bytes, batch.values()))
-    return plan, Step(step, (plan.state, plan.frozen, batch)), batch_bytes
+    return Built(model, plan, step, (plan.state, plan.frozen, batch), batch_bytes)
 
 
 def _model_flops(config, mesh) -> int:
@@ -171,8 +185,8 @@ def _model_flops(config, mesh) -> int:
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.remat = "none"
-    _, step, _ = _train_step(config, mesh)
-    return jaxpr_flops(step.jitted.trace(*step.args).jaxpr.jaxpr)
+    built = _build(config, mesh)
+    return jaxpr_flops(built.step.trace(*built.args).jaxpr.jaxpr)
 
 
 def _shard_bytes(leaf) -> int:
@@ -188,7 +202,8 @@ def _compile(traced, topology) -> tuple[Any, str]:
     from jax.errors import JaxRuntimeError
 
     try:
-        return traced.lower(lowering_platforms=(topology.chip.platform,)).compile(), ""
+        lowered = traced.lower(lowering_platforms=(topology.chip.platform,))
+        return lowered.compile(compiler_options=topologies.compiler_options(topology)), ""
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return None, str(error)
@@ -200,7 +215,8 @@ def _memory(compiled, arguments: int, problem: str, chip) -> dict[str, Any]:
     if compiled is None:
         temporaries = needed_bytes(problem)
         total = max(arguments + (temporaries or 0), chip.hbm + 1)
-        return dict(temp_bytes=temporaries, total_bytes=total, fits=False)
+        sizes = dict(argument_bytes=arguments, temp_bytes=temporaries, total_bytes=total)
+        return sizes | dict(fits=False)
     m = compiled.memory_analysis()
     kept = m.output_size_in_bytes - m.alias_size_in_bytes  # results not written over arguments
     temporaries = m.temp_size_in_bytes + m.generated_code_size_in_bytes + max(kept, 0)
@@ -245,12 +261,33 @@ def estimate(program, executed: int, memory: dict, topology, accumulate: int) ->
     return dict(seconds=seconds, compute=compute, hidden=hidden, exposed=exposed)
 
 
-def _sampler(config, mesh, topology) -> dict[str, Any] | None:
-    """Memory and cost of one sampling step, where the model has one."""
-    return None
+SAMPLER_STEPS = ("image_token_step", "decode_step")
 
 
-def advice(config, plan, result: dict) -> list[str]:
+def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
+    """Memory and estimated time of one sampling step, where the model has one to export."""
+    import jax
+
+    from export.functions import functions
+    from training import flops, hlo
+
+    found = functions(built.model, config, built.plan.params)
+    name = next((n for n in SAMPLER_STEPS if n in found), None)
+    if name is None:
+        return None
+    args = (built.plan.params, dict(found[name].inputs))
+    traced = jax.jit(found[name].call, donate_argnums=1).trace(*args)
+    compiled, _ = _compile(traced, topology)
+    if compiled is None:
+        return dict(name=name, total_bytes=None, seconds=None)
+    memory = _memory(compiled, 0, "", topology.chip)
+    program = hlo.analyse(compiled.as_text(), topology.count)
+    executed = flops.jaxpr_flops(traced.jaxpr.jaxpr) * topology.count  # every device does it all
+    seconds = estimate(program, executed, memory, topology, 1)["seconds"]
+    return dict(name=name, total_bytes=memory["total_bytes"], seconds=seconds)
+
+
+def advice(config, result: dict) -> list[str]:
     """Config keys that would make the step smaller, most promising first, with what each saves."""
     lines, mesh, devices = [], config.mesh, result["devices"]
     spread = mesh.fsdp * mesh.tensor if mesh.fsdp > 0 else devices
@@ -312,8 +349,8 @@ def table(result: dict) -> str:
             ),
             ("MFU (estimate)", f"{100 * result['estimated_mfu']:.1f} %"),
         ]
-    if sampler := result.get("sampler"):
-        rows.append(("sampler step", sampler["text"]))
+    if sampler := result["sampler"]:
+        rows.append((f"sampler: {sampler['name']}", _sampler_text(sampler)))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     if not result["fits"]:
@@ -321,6 +358,14 @@ def table(result: dict) -> str:
         lines.append(f"{what}{'' if temporaries else ', or more'}. Config keys that change that:")
         lines += [f"  {line}" for line in result["advice"]]
     return "\n".join(lines)
+
+
+def _sampler_text(sampler: dict) -> str:
+    if sampler["seconds"] is None:
+        return "does NOT fit"
+    return (
+        f"one row, {gib(sampler['total_bytes'])} per device, {sampler['seconds']:.3g} s (estimate)"
+    )
 
 
 if __name__ == "__main__":

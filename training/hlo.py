@@ -144,7 +144,7 @@ def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int
     while pending:
         for instruction in computations.get(pending.pop(), []):
             pending += _CALLS.findall(instruction.rest)
-            if instruction.opcode == "constant" and instruction.shape.startswith(("s32", "s64")):
+            if instruction.opcode == "constant" and re.match("[su]\\d", instruction.shape):
                 bounds.add(int(instruction.rest.partition(")")[0]))
     return bounds.pop() if len(bounds) == 1 else 1
 

@@ -80,16 +80,24 @@ def parse(name: str) -> Topology:
 
 def environment(topology: Topology) -> dict[str, str]:
     """Variables a process must have before it imports jax to compile for this topology."""
-    env = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    env = {
+        "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # programs for absent devices cannot be reloaded
+    }
+    if topology.chip.platform == "tpu":  # no metadata server to ask, no chip to lock
+        env |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    return env
+
+
+def compiler_options(topology: Topology) -> dict[str, Any]:
+    """Options of .compile() that a machine without the accelerator needs."""
     if topology.chip.platform == "tpu":
-        # No metadata server here, and no chip to lock.
-        quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        return env | quiet
-    # Autotuning would run candidate kernels, which takes a GPU.
-    flags = ["--xla_gpu_autotune_level=0"]
+        return {}
+    options = {"xla_gpu_autotune_level": 0}  # autotuning would run candidates, which takes a GPU
     if cuda := _cuda_root():
-        flags.append(f"--xla_gpu_cuda_data_dir={cuda}")
-    return env | {"XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()}
+        options["xla_gpu_cuda_data_dir"] = cuda
+    return options
 
 
 def check_installed(topology: Topology) -> None:
