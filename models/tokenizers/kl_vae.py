@@ -247,7 +247,7 @@ class Mid(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        block = remat_block(ResBlock, self.remat)
+        block = remat_block(ResBlock, self.remat, looped=False)
         x = block(self.features, self.groups, name="block_1")(x)
         x = AttnBlock(self.groups, name="attn_1")(x)
         return block(self.features, self.groups, name="block_2")(x)
@@ -262,7 +262,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 z2"]:
         cfg, top = self.cfg, len(self.cfg.mult) - 1
-        block = remat_block(ResBlock, self.remat)
+        block = remat_block(ResBlock, self.remat, looped=False)
         x = Conv(cfg.ch, name="conv_in")(space_to_depth(x, cfg.stem))
         for level, mult in enumerate(cfg.mult):
             for i in range(cfg.res_blocks):
@@ -284,7 +284,7 @@ class DecoderBody(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
-        cfg, block = self.cfg, remat_block(ResBlock, self.remat)
+        cfg, block = self.cfg, remat_block(ResBlock, self.remat, looped=False)
         x = Conv(cfg.ch * cfg.mult[-1], name="conv_in")(z)
         x = Mid(x.shape[-1], cfg.groups, self.remat, name="mid")(x)
         for level in reversed(range(len(cfg.mult))):
