@@ -1,8 +1,7 @@
 """Checkpoints: state, data position and metadata together, atomic, found again after damage.
 
-The only file that calls orbax. The state is stored flat ({"params/dense/kernel": array}), so any
-part can be read alone and onto any mesh. Every array's fingerprint is stored as well: a damaged
-file that still decodes is noticed.
+The only file that calls orbax. The state is stored flat ({"params/dense/kernel": array}): any part
+can be read alone, onto any mesh. A fingerprint of every array shows damage that still decodes.
 """
 
 import logging
@@ -15,8 +14,8 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from training.data_position import set_position
-from training.fingerprint import fingerprints
+from training.data_position import read_positions, set_position
+from training.fingerprint import fingerprints, verify
 from training.tree import flat, unflat
 
 
@@ -24,7 +23,7 @@ class Checkpoints:
     """The checkpoints in one folder; the newest `keep` and every `keep_every`-th step stay."""
 
     def __init__(self, directory: Path, keep: int = 2, keep_every: int = 0, write: bool = True):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # our own errors say it in one line
         self.directory, self._write, self._why = Path(directory).resolve(), write, ""
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep if write else None,
@@ -34,11 +33,8 @@ class Checkpoints:
             cleanup_tmp_directories=write,
             save_root_metadata=False,
         )
-        handlers = dict(
-            state=ocp.PyTreeCheckpointHandler(),
-            data=grain.checkpoint.CheckpointHandler(),
-            meta=ocp.JsonCheckpointHandler(),
-        )
+        handlers = dict(state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
+        handlers["data"] = grain.checkpoint.CheckpointHandler()
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers
         )
@@ -89,49 +85,52 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise FileNotFoundError(f"--step={step} is not in {self.directory}; allowed: {steps}")
         for s in reversed(steps if step is None else [step]):
-            meta = self._attempt(lambda s=s: self._read(s, "meta", ocp.args.JsonRestore()))
-            if meta is not None:
-                if check is not None:
-                    check(meta)
-                lacking = sorted(set(flat(like)) - set(meta["fingerprints"]))
-                if lacking:
-                    raise ValueError(
-                        f"step {s} in {self.directory} has no {lacking[0]!r}, which "
-                        "config.model, objective, optimizer or ema now ask for"
-                    )
-                values = self._attempt(lambda s=s, m=meta: self._arrays(s, flat(like), m))
-                if values is not None:
-                    if iterator is not None:
-                        set_position(iterator, self.directory / str(s) / "data")
-                    return unflat(values, like), meta
+            found = self._open(s, like, iterator, check)
+            if found is not None:
+                return found
             if step is not None or s == steps[0]:
                 raise OSError(f"step {s} in {self.directory} cannot be read: {self._why}")
             self._put_aside(s)
         return None
 
-    def _attempt(self, read):
-        """read(), or None where any host could not: all hosts then go on to the same step."""
+    def _open(self, step: int, like: Any, iterator: Any, check):
+        """(state, meta), or None where the files of this step are damaged."""
+        meta = self._attempt(self._read, step, "meta", ocp.args.JsonRestore())
+        if meta is None:
+            return None
+        if check is not None:
+            check(meta)
+        wanted, saved = flat(like), meta["fingerprints"]
+        lacking = sorted(set(wanted) - set(saved))
+        if lacking:
+            text = "config.model, objective, optimizer or ema ask for something else"
+            raise ValueError(f"step {step} in {self.directory} has no {lacking[0]!r}: {text}")
+        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
+        values = self._attempt(self._read, step, "state", args)
+        if values is None or not self._attempt(verify, values, saved):
+            return None
+        if iterator is not None:
+            places = self._attempt(read_positions, self.directory / str(step) / "data")
+            if places is None:
+                return None
+            set_position(iterator, places)
+        return unflat(values, like), meta
+
+    def _read(self, step: int, item: str, args: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+
+    def _attempt(self, read, *args):
+        """read(*args), or None where any host could not: all hosts then go to the same step."""
         value, self._why = None, ""
         try:
-            value = read()
+            value = read(*args)
         except Exception as error:
             self._why = _line(error)
         if jax.process_count() > 1:
             whole = multihost_utils.process_allgather(value is not None).all()
             value, self._why = (value if whole else None), self._why or "another host failed"
         return value
-
-    def _read(self, step: int, item: str, args: Any) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
-
-    def _arrays(self, step: int, wanted: dict, meta: dict) -> dict:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-        args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-        values = self._read(step, "state", args)
-        for name, value in fingerprints(values).items():
-            if meta["fingerprints"][name] != value:
-                raise OSError(f"array {name} does not have the contents that were saved")
-        return values
 
     def _put_aside(self, step: int) -> None:
         """Rename a damaged checkpoint, so that its step can be saved again."""
@@ -144,8 +143,9 @@ class Checkpoints:
         self._manager.reload()
 
     def close(self) -> None:
-        """Wait for the background and stop it."""
-        self._manager.close()
+        """Wait for the background and stop it; the error of a background save is raised."""
+        with self._told(None):
+            self._manager.close()
 
 
 def _line(error: Exception) -> str:

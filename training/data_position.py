@@ -7,22 +7,26 @@ from typing import Any
 import jax
 
 
-def set_position(iterator: Any, folder: Path) -> None:
-    """Continue `iterator` where the files in `folder` say.
+def read_positions(folder: Path) -> dict[str, Any]:
+    """{"0-of-2": iterator state, ...} as the hosts that saved them wrote it."""
+    found = sorted(folder.glob("process_*-of-*.json"))
+    if not found:
+        raise FileNotFoundError(f"{folder} has no data position")
+    return {p.stem.removeprefix("process_"): json.loads(p.read_text()) for p in found}
+
+
+def set_position(iterator: Any, places: dict[str, Any]) -> None:
+    """Continue `iterator` at this host's place.
 
     With another number of hosts it works when all hosts stood at the same place, which is so for
     data sets whose hosts share each global batch.
     """
-    count, index = jax.process_count(), jax.process_index()
-    own = folder / f"process_{index}-of-{count}.json"
-    if not own.exists():
-        found = sorted(folder.glob("process_*-of-*.json"))
-        if not found:
-            raise FileNotFoundError(f"{folder} has no data position")
-        if len({path.read_text() for path in found}) > 1:
+    own = places.get(f"{jax.process_index()}-of-{jax.process_count()}")
+    if own is None:
+        own, *others = places.values()
+        if any(other != own for other in others):
             raise ValueError(
-                f"the checkpoint was made by {len(found)} hosts at different places of the data; "
-                f"it cannot continue on {count} hosts"
+                f"the checkpoint was made by {len(places)} hosts at different places of the data; "
+                f"it cannot continue on {jax.process_count()} hosts"
             )
-        own = found[0]
-    iterator.set_state(json.loads(own.read_text()))
+    iterator.set_state(own)

@@ -34,3 +34,11 @@ def fingerprints(arrays: dict[str, Any]) -> dict[str, int]:
         return {}
     values = jax.device_get(_all(arrays))
     return {name: int(value) for name, value in zip(sorted(arrays), values, strict=True)}
+
+
+def verify(arrays: dict[str, Any], saved: dict[str, int]) -> bool:
+    """True when every array has its saved fingerprint; otherwise the first one is named."""
+    for name, value in fingerprints(arrays).items():
+        if saved[name] != value:
+            raise OSError(f"array {name} does not have the contents that were saved")
+    return True

@@ -1,5 +1,6 @@
 """The training loop: the only one. `train` is mode train, `evaluate` is mode eval."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -94,12 +95,20 @@ class _Loop:
                     self._step()
                     self._between(self.done)
             self.checkpoints.wait()
-        finally:
-            profile_stop(self)
-            self.log.close()
-            self.checkpoints.close()
+        except BaseException:
+            # Whatever fails while closing is a consequence; the first error is the one to read.
+            with contextlib.suppress(Exception):
+                self._close()
+            raise
+        self._close()
         if fresh:
             say(f"finished: {steps} steps in {self.workdir}")
+
+    def _close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.checkpoints.close)
+            stack.callback(self.log.close)
+            stack.callback(profile_stop, self)
 
     def _announce(self) -> None:
         c = self.config

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from training.checkpoint import Checkpoints
-from training.data_position import set_position
+from training.data_position import read_positions, set_position
 from training.fingerprint import fingerprints
 from training.frozen import load_frozen, save_frozen
 
@@ -107,7 +107,11 @@ def no_arrays(folder):
     shutil.rmtree(folder / "state" / "d")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, empty, no_meta, no_arrays])
+def no_position(folder):
+    next((folder / "data").glob("process_*")).write_text("{")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, empty, no_meta, no_arrays, no_position])
 def test_damaged_newest_is_reported_and_the_one_before_used(three, damage, capsys):
     damage(three / "3")
     step, state, position = newest(three)
@@ -174,11 +178,14 @@ def test_full_disk(toy, reference, tmp_path):
     can = subprocess.run([*mounts, f"mount -t tmpfs none {there}"], capture_output=True)
     if can.returncode:
         pytest.skip("this user may not mount a small file system; RLIMIT_FSIZE is tested above")
-    fault = json.dumps({"batch": 6, "fill": str(there / "filler")})
+    fault = dict(batch=6, fill=str(there / "filler"), after=str(there / "run/checkpoints/4"))
     command = " ".join(f"'{a}'" for a in toy.command(f"--workdir={there / 'run'}"))
     script = FULL_DISK.format(there=there, command=command, kept=kept)
     done = subprocess.run(
-        [*mounts, script], env=os.environ | {"TOY_FAULT": fault}, capture_output=True, text=True
+        [*mounts, script],
+        env=os.environ | {"TOY_FAULT": json.dumps(fault)},
+        capture_output=True,
+        text=True,
     )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and last.startswith("error: ") and "No space left" in last, last
@@ -234,11 +241,11 @@ def test_data_position_with_other_host_counts(tmp_path):
     for i in range(4):
         (tmp_path / f"process_{i}-of-4.json").write_text('{"next_index": 5}')
     it = iterator()
-    set_position(it, tmp_path)
+    set_position(it, read_positions(tmp_path))
     assert next(it) == 5
     (tmp_path / "process_3-of-4.json").write_text('{"next_index": 6}')
     with pytest.raises(ValueError, match="4 hosts at different places"):
-        set_position(it, tmp_path)
+        set_position(it, read_positions(tmp_path))
 
 
 def test_frozen_is_stored_once_by_contents(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from training.checkpoint import Checkpoints
+from training.data_position import read_positions, set_position
 from training.preemption import Preempted
 
 
@@ -123,7 +124,5 @@ def test_iterator_position_is_part_of_the_checkpoint(toy, tmp_path):
     fresh, restored = make(), make()
     for _ in range(5):
         next(fresh)
-    from training.data_position import set_position
-
-    set_position(restored, tmp_path / "checkpoints/5/data")
+    set_position(restored, read_positions(tmp_path / "checkpoints/5/data"))
     np.testing.assert_array_equal(next(fresh)["x"], next(restored)["x"])

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def do_fault():
     if "signal" in fault:
         os.kill(os.getpid(), getattr(signal, fault["signal"]))
     if "fill" in fault:
+        while not os.path.exists(fault["after"]):
+            time.sleep(0.05)
         with open(fault["fill"], "wb") as file:
             try:
                 while True:
