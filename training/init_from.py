@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from export import weights as weights_lib
+from export.load import load_pretrained
 from training.checkpoint import Checkpoints
 from training.sharding import place
 from training.tree import flat
@@ -54,10 +55,7 @@ def _read(source: str, weight_map, target: Any, setting: str) -> dict[str, jax.A
         return _from_run(path, target)
     if not path.exists():
         raise FileNotFoundError(f"config.init_from={setting!r}: {source} does not exist")
-    if weight_map is None:
-        weight_map = weights_lib.flat_map(target)
-    tensors = weights_lib.load_safetensors(path)
-    tree = weights_lib.from_published(tensors, weight_map, target)
+    tree = load_pretrained(path, weight_map, target)
     want = flat(target)
     return {k: place(np.asarray(v), want[k].sharding) for k, v in flat(tree).items()}
 
