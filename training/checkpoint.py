@@ -72,8 +72,8 @@ class Checkpoints:
             kept = [s for s in self.steps if s != step]
             what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             left = f"step {kept[-1]} is kept" if kept else "there is no earlier one"
-            text = f"{what} could not be saved in {self.directory} ({left}): {_line(error)}"
-            raise OSError(text) from error
+            what += f" could not be saved in {self.directory} ({left}): {_line(error)}"
+            raise OSError(what) from error
 
     def restore(self, like: Any, iterator: Any = None, step: int | None = None, check=None):
         """(state, meta) of `step` or of the newest readable checkpoint; None if there is none.
@@ -95,8 +95,7 @@ class Checkpoints:
 
     def _open(self, step: int, like: Any, iterator: Any, check):
         """(state, meta), or None where the files of this step are damaged."""
-        meta = self._attempt(self._read, step, "meta", ocp.args.JsonRestore())
-        if meta is None:
+        if (meta := self._attempt(self._read, step, "meta", ocp.args.JsonRestore())) is None:
             return None
         if check is not None:
             check(meta)
@@ -111,8 +110,7 @@ class Checkpoints:
         if values is None or not self._attempt(verify, values, saved):
             return None
         if iterator is not None:
-            places = self._attempt(read_positions, self.directory / str(step) / "data")
-            if places is None:
+            if (places := self._attempt(read_positions, self.directory / f"{step}/data")) is None:
                 return None
             set_position(iterator, places)
         return unflat(values, like), meta
@@ -138,8 +136,7 @@ class Checkpoints:
             print(f"the checkpoint of step {step} is damaged ({self._why}); using the one before")
             if self._write:
                 (self.directory / str(step)).rename(self.directory / f"damaged-{step}")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("put_aside")
+        multihost_utils.sync_global_devices("put_aside")
         self._manager.reload()
 
     def close(self) -> None:
@@ -149,5 +146,4 @@ class Checkpoints:
 
 
 def _line(error: Exception) -> str:
-    """The start of an error's text, on one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from export import weights as weights_lib
 from export.load import load_pretrained
 from training.checkpoint import Checkpoints
 from training.sharding import place
