@@ -1,7 +1,7 @@
 """What every block needs: sharding constraints, a linear layer, checkpointing policies."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -37,8 +37,13 @@ def _parts(mesh, axes):
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
-def remat_block(block: type[nn.Module], policy: str, *, static: Sequence[int] = ()) -> Any:
-    """`block` under the checkpointing policy that config.remat names.
+# A stack of up to this many scan steps is written out: XLA then keeps what the backward pass
+# needs where it is instead of copying it into stacked arrays (a third of a small model's step).
+UNROLLED = 4
+
+
+def remat_block(block: type[nn.Module], policy: str, *, looped: bool = False) -> Any:
+    """`block` under the checkpointing policy that config.remat names; looped: in a real loop.
 
     none: keep everything. dots: keep the outputs of matrix products with no batch dimension
     (projections, not attention scores). full: keep the block's input only.
@@ -52,8 +57,24 @@ def remat_block(block: type[nn.Module], policy: str, *, static: Sequence[int] = 
             keep = jax.checkpoint_policies.nothing_saveable
         case _:
             raise ValueError(f"config.remat={policy!r}, allowed: none, dots, full")
-    # Inside nn.scan the loop itself keeps XLA from merging the recomputation away.
-    return nn.remat(block, policy=keep, prevent_cse=False, static_argnums=tuple(static))
+    # A loop by itself keeps XLA from merging the recomputation with the forward pass.
+    return nn.remat(block, policy=keep, prevent_cse=not looped)
+
+
+def scan_layers(body: type[nn.Module], length: int, in_axes: Any, *, unroll: bool = False) -> Any:
+    """`body` scanned over `length` steps with parameters stacked on a leading "layers" axis.
+
+    unroll=True writes the steps of a short stack out (see UNROLLED); the parameters are the same.
+    """
+    return nn.scan(
+        body,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+        unroll=length if unroll and length <= UNROLLED else 1,
+    )
 
 
 class Linear(nn.Module):

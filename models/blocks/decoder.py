@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from kernels.attention import MaskSpec
 from models.blocks import kv_cache
 from models.blocks.attention import Attention, CacheUse
-from models.blocks.common import Linear, constrain, remat_block
+from models.blocks.common import Linear, constrain, remat_block, scan_layers
 from models.blocks.norms import RMSNorm
 from models.blocks.rope import RopeTable, rope_table
 
@@ -186,7 +186,7 @@ class Group(nn.Module):
     @nn.compact
     def __call__(self, carry, layer, shared):
         x, caches = carry
-        block = remat_block(Block, self.remat)
+        block = remat_block(Block, self.remat, looped=self.cfg.repeats > 1)
         out = {}
         for i, kind in enumerate(self.cfg.pattern):
             name = f"{i}_{kind}"
@@ -214,18 +214,6 @@ class Decoder(nn.Module):
         self.embedding = self.param("embedding", init, shape, jnp.float32)
         if not cfg.tie:
             self.head = self.param("head", init, shape, jnp.float32)
-        if cfg.repeats:
-            scan = nn.scan(
-                Group,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
-                length=cfg.repeats,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            self.layers = scan(cfg, self.dtype, self.remat, self.impl)
-        block = remat_block(Block, self.remat)
-        self.tail = [block(cfg, kind, self.dtype, self.impl) for kind in cfg.tail]
         self.final_norm = RMSNorm(cfg.norm_eps)
 
     def table(self) -> Float[Array, "v d"]:
@@ -253,7 +241,6 @@ class Decoder(nn.Module):
         rows), x attends to itself under `mask`. With a cache and T = 1, or no mask, each row
         continues at its own positions and sees every stored key up to them.
         """
-        cfg = self.cfg
         x = constrain(x.astype(self.dtype), "batch", "length", "act_embed")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
@@ -262,16 +249,28 @@ class Decoder(nn.Module):
         if mask is None and not step:
             mask = MaskSpec()
         shared = _Shared(mask, self._rope_tables(positions), use)
-        done = {}
+        x, cache = self._stack(x, shared, cache)
+        return self.final_norm(x), cache
+
+    @nn.compact
+    def _stack(self, x, shared, cache):
+        """The scanned repeats of the pattern, then the layers left over."""
+        cfg, done = self.cfg, {}
         if cfg.repeats:
+            # Decoding gains nothing from unrolling: no backward pass.
+            unroll = cache is None and self.remat == "none"
+            scan = scan_layers(Group, cfg.repeats, (0, nn.broadcast), unroll=unroll)
             carry = (x, None if cache is None else cache["layers"])
-            (x, done["layers"]), _ = self.layers(
+            (x, done["layers"]), _ = scan(cfg, self.dtype, self.remat, self.impl, name="layers")(
                 carry, jnp.arange(cfg.repeats, dtype=jnp.int32), shared
             )
-        for i, block in enumerate(self.tail):
+        block = remat_block(Block, self.remat, looped=False)
+        for i, kind in enumerate(cfg.tail):
             name = f"tail_{i}"
-            x, done[name] = block(x, shared, None if cache is None else cache[name], 0)
-        return self.final_norm(x), None if cache is None else done
+            x, done[name] = block(cfg, kind, self.dtype, self.impl, name=name)(
+                x, shared, None if cache is None else cache[name], 0
+            )
+        return x, None if cache is None else done
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
         """Soft-capped scores of every vocabulary row, float32."""

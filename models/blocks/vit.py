@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models.blocks.attention import Attention
-from models.blocks.common import Linear, constrain, remat_block
+from models.blocks.common import Linear, constrain, remat_block, scan_layers
 from models.blocks.norms import LayerNorm
 
 _xavier = nn.initializers.xavier_uniform()
@@ -139,13 +139,8 @@ class ViT(nn.Module):
         init = nn.initializers.normal(cfg.width**-0.5)
         init = nn.with_logical_partitioning(init, ("positions", "embed"))
         self.positions = self.param("positions", init, (cfg.tokens, cfg.width), jnp.float32)
-        scan = nn.scan(
-            remat_block(Block, self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=cfg.layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        block = remat_block(Block, self.remat, looped=cfg.layers > 1)
+        scan = scan_layers(block, cfg.layers, nn.broadcast, unroll=self.remat == "none")
         self.layers = scan(cfg, self.dtype, self.impl)
         self.final_norm = LayerNorm(cfg.norm_eps)
         if cfg.map_head:
