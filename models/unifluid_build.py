@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from export.weights import WeightMap, compose, flat_map
 from models import Model, unifluid
+from models.blocks import diffusion_head_weights, gemma_weights, siglip_weights
 from models.blocks.decoder import init_cache
 from models.blocks.losses import token_nll
-from models.tokenizers import kl_vae
+from models.tokenizers import kl_vae, kl_vae_weights
 from models.unifluid import UniFluid, UniFluidConfig, apply
 
 
@@ -106,6 +108,18 @@ def batch_spec(config, cfg: UniFluidConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return spec
 
 
+def weight_map(cfg: UniFluidConfig, params) -> WeightMap:
+    """Gemma-2, SigLIP, MAR's VAE and diffusion head under their published names, the rest flat."""
+    parts = {
+        "decoder": gemma_weights.weight_map(cfg.decoder),
+        "vit": siglip_weights.weight_map(cfg.vit),
+        "vae": (kl_vae_weights.weight_map(cfg.vae), "vae."),
+        "head": diffusion_head_weights.weight_map("head."),
+    }
+    own = flat_map({k: v for k, v in params.items() if k not in parts})
+    return compose(parts | {"": own})
+
+
 def build(config) -> Model:
     """The flagship behind the seam of models/__init__.py."""
     cfg = unifluid.read_config(config)
@@ -154,5 +168,5 @@ def build(config) -> Model:
         norms=functools.partial(unifluid.norms, cfg),
         predict=predict,
         batches={"image_text": batch_spec(config, cfg)},
-        weights=None,
+        weights=weight_map(cfg, jax.eval_shape(init, jax.random.key(0))[0]),
     )
