@@ -106,7 +106,7 @@ class Checkpoints:
             raise ValueError(f"step {step} in {self.directory} has no {lacking[0]!r}: {text}")
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-        values = self._attempt(self._read, step, "state", args)
+        values = self._attempt(self._read, step, "state", args) if wanted else {}
         if values is None or not self._attempt(verify, values, saved):
             return None
         if iterator is not None:

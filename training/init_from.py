@@ -60,16 +60,27 @@ def _read(source: str, weight_map, target: Any, setting: str) -> dict[str, jax.A
 
 
 def _from_run(workdir: Path, like: Any) -> dict[str, jax.Array]:
-    """{path: array} of the newest checkpoint's parameters, its averages where it has them."""
-    checkpoints = Checkpoints(workdir / "checkpoints", write=False)
+    """{path: array} of the newest checkpoint: averages where it has them, frozen parts too."""
+    found = _restore(workdir / "checkpoints", {})
+    if found is None:
+        raise FileNotFoundError(f"config.init_from: {workdir} holds no checkpoint")
+    saved, wanted = found[1]["fingerprints"], flat(like)
+    source = {k: f"ema/{k}" if f"ema/{k}" in saved else f"params/{k}" for k in wanted}
+    here = {k: name for k, name in source.items() if name in saved}
+    rest = {k: f"params/{k}" for k in wanted if k not in here}
+    values = _restore(workdir / "checkpoints", {name: wanted[k] for k, name in here.items()})[0]
+    if rest:
+        name = found[1]["frozen"] or "none"
+        held = _restore(workdir / "frozen" / name, {v: wanted[k] for k, v in rest.items()})
+        if held is None:
+            raise ValueError(f"config.init_from: {workdir} has no parameter {next(iter(rest))!r}")
+        values |= held[0]
+    return {k: values[here.get(k) or rest[k]] for k in wanted}
+
+
+def _restore(folder: Path, like: dict):
+    checkpoints = Checkpoints(folder, write=False)
     try:
-        found = checkpoints.restore({"params": like})
-        if found is None:
-            raise FileNotFoundError(f"config.init_from: {workdir} holds no checkpoint")
-        values, meta = flat(found[0]["params"]), found[1]
-        averaged = {k: v for k, v in flat(like).items() if f"ema/{k}" in meta["fingerprints"]}
-        if averaged:
-            values |= checkpoints.restore({"ema": averaged}, step=meta["step"])[0]["ema"]
-        return values
+        return checkpoints.restore(like)
     finally:
         checkpoints.close()

@@ -63,6 +63,18 @@ def test_from_a_run_takes_its_averages(toy, reference):
     jax.tree.map(np.testing.assert_array_equal, state["params"], used)
 
 
+def test_from_a_run_with_frozen_parts(toy, tmp_path):
+    """The frozen trunk of the source is found beside its checkpoint."""
+    args = dict(objective__freeze=("trunk",), checkpoint__every=3)
+    toy.train(tmp_path, steps=3, **args)
+    state, _ = first_state(toy.config(init_from=str(tmp_path), seed=9))
+    _, used, _ = setup.load_for_use(toy.config(steps=3, **args), tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, state["params"], used)
+    with pytest.raises(ValueError, match="has no parameter 'trunk/"):
+        (tmp_path / "frozen").rename(tmp_path / "gone")
+        first_state(toy.config(init_from=str(tmp_path)))
+
+
 def test_frozen_parts_are_loaded_before_they_freeze(toy, reference):
     config = toy.config(init_from=str(reference[0]), objective__freeze=("trunk",))
     _, frozen = first_state(config)
