@@ -97,11 +97,11 @@ def measure(config, name: str) -> dict[str, Any]:
     topology = topologies.parse(name)
     config = _with_vocabulary(config)
     mesh = make_mesh(config.mesh, topologies.devices(topology))
+    built = _build(config, mesh)
+    model_flops = _model_flops(config, mesh)
     with scope(mesh):
-        built = _build(config, mesh)
         traced = built.step.trace(*built.args)
         executed = flops.jaxpr_flops(traced.jaxpr.jaxpr)
-        model_flops = executed if config.remat == "none" else _model_flops(config, mesh)
         start = time.perf_counter()
         compiled, problem = _compile(traced, topology)
         seconds = time.perf_counter() - start
@@ -161,13 +161,14 @@ def _build(config, mesh) -> Built:
 
     from models import MODELS
     from training.objectives import OBJECTIVES
-    from training.sharding import batch_sharding
+    from training.sharding import batch_sharding, scope
     from training.state import plan as make_plan
     from training.step import build_train_step, jit_train_step
 
     model = MODELS[config.model.name](config)
     objective = OBJECTIVES[config.objective.name](model, config)
-    plan = make_plan(model, objective, config, mesh)
+    with scope(mesh):
+        plan = make_plan(model, objective, config, mesh)
     shapes = max(model.batches.values(), key=lambda batch: sum(x.size for x in batch.values()))
     batch = {
         key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(x.shape, mesh, key))
@@ -181,12 +182,14 @@ def _build(config, mesh) -> Built:
 def _model_flops(config, mesh) -> int:
     """FLOPs without recomputation: the same step traced with remat off."""
     from training.flops import jaxpr_flops
+    from training.sharding import scope
 
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.remat = "none"
     built = _build(config, mesh)
-    return jaxpr_flops(built.step.trace(*built.args).jaxpr.jaxpr)
+    with scope(mesh):
+        return jaxpr_flops(built.step.trace(*built.args).jaxpr.jaxpr)
 
 
 def _shard_bytes(leaf) -> int:
