@@ -298,6 +298,25 @@ def test_remat_changes_no_gradient():
         gradient("some")
 
 
+@pytest.mark.parametrize("layers", [2, 12])
+def test_remat_frees_memory(layers):
+    """In a scan (12 layers) and written out (2): recomputation must not be merged away."""
+    cfg = dataclasses.replace(SIZES["debug"], layers=layers)
+    tokens = jax.ShapeDtypeStruct((4, 128), jnp.int32)
+
+    def peak(remat):
+        decoder = Decoder(cfg, remat=remat)
+
+        def loss(p, ids):
+            return decoder.apply({"params": p}, ids, method="text").std()
+
+        compiled = jax.jit(jax.grad(loss)).lower(abstract(cfg), tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    none, dots, full = (peak(remat) for remat in ("none", "dots", "full"))
+    assert full < dots < none
+
+
 def test_bf16_computes_on_float32_parameters():
     file, _, params = load("gemma2")
     decoder = Decoder(GEMMA2, dtype="bfloat16")
