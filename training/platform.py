@@ -68,3 +68,10 @@ def join_hosts() -> None:
         import jax
 
         jax.distributed.initialize()  # jax reads the rest from the cluster's own variables
+    elif "tpu" in accelerators():
+        import jax
+
+        # On Google's TPU VMs nothing in the environment names the hosts: jax asks the metadata
+        # server. Where none answers (a notebook, a single board) this is one host.
+        with contextlib.suppress(ValueError, OSError):
+            jax.distributed.initialize()
