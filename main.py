@@ -39,7 +39,7 @@ def run(config, own: flags.FlagValues, spec: str) -> None:
         case "eval":
             cli.load("training.loop:evaluate")(config, workdir, own.step)
         case "sample":
-            cli.load("inference.sample:run")(config, workdir, own.step, own.prompt, own.image)
+            cli.load("training.loop:sample")(config, workdir, own.step, own.prompt, own.image)
         case "export":
             cli.load("export.run:run")(config, workdir, own.step)
         case "dryrun":

@@ -23,10 +23,10 @@ MODEL = dict(
     name="unifluid",
     vocab_size=0,  # 0: of the data's tokenizer
     image_size=32,
-    decoder=dict(size="tiny", width=192, layers=4, mlp=576, heads=4, kv_heads=2, head_dim=48),
+    decoder=dict(size="tiny", width=192, layers=4, mlp=512, heads=4, kv_heads=2, head_dim=48),
     vit=dict(size="debug", width=128, layers=2, mlp=384, heads=4, patch=8, image_size=32),
     vae=dict(size="small_32"),
-    head=dict(width=256, depth=3),
+    head=dict(width=224, depth=3),
     lam=0.1,
     order="random",
     anneal=(0, 1),
@@ -65,7 +65,7 @@ def get_config(arg=""):
         return _published(variant)
     config = common.base(
         seed=0,
-        steps=2000,
+        steps=1300,
         batch_size=64,
         model=MODEL,
         objective=dict(name="model", freeze=("vae",)),
@@ -76,12 +76,12 @@ def get_config(arg=""):
             skin_tones=False,
             latents="models/tokenizers/weights/kl_vae_32.safetensors",
             mix=dict(t2i=2.0, caption=1.0, vqa=1.0),
-            prompt_length=24,
-            text_length=40,
+            prompt_length=18,
+            text_length=22,
         ),
         init_from="vae=models/tokenizers/weights/kl_vae_32.safetensors",
         optimizer=dict(lr=1.5e-3, b2=0.95, weight_decay=0.02, clip=1.0),
-        schedule=dict(name="wsd", warmup=100, decay=600, final=0.02),
+        schedule=dict(name="wsd", warmup=80, decay=450, final=0.02),
         ema=dict(decay=0.998, warmup=True),
         sample=SAMPLE,
         evals=EVALS,
@@ -117,7 +117,13 @@ def _full(config):
     config.model.head.update(width=384, depth=3)
     weights = "models/tokenizers/weights/kl_vae_64.safetensors"
     config.data.update(
-        captioned="", categories=("all",), skin_tones=True, image_size=64, latents=weights
+        captioned="",
+        categories=("all",),
+        skin_tones=True,
+        image_size=64,
+        latents=weights,
+        prompt_length=40,
+        text_length=48,
     )
     config.init_from = f"vae={weights}"
     config.schedule.update(warmup=500, decay=10_000)

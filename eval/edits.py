@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from eval import common, data, drawing, generation, metrics
+from eval import common, data, generation, metrics
+from inference import drawing
 from input_pipeline import canvas, edits, scenes
 
 CHANGED = 0.9  # share of the pixels that must have moved

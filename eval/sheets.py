@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from absl import logging
 
-from eval import common, data, drawing, generation
+from eval import common, data, generation
 from eval.captioning import answers_of
 from eval.questions import asked_questions
+from inference import drawing
 from input_pipeline.layout import caption_question
 
 

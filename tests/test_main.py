@@ -142,7 +142,7 @@ def test_modes_get_their_arguments(monkeypatch):
     assert seen == [
         ("training.loop:train", (place,)),
         ("training.loop:evaluate", (place, 4)),
-        ("inference.sample:run", (place, None, ["a, b", "c"], ["x.png"])),
+        ("training.loop:sample", (place, None, ["a, b", "c"], ["x.png"])),
         ("export.run:run", (Path("there"), None)),
         ("training.dryrun:run", (place, "v5e:2x2")),
     ]

@@ -45,6 +45,29 @@ def evaluate(config, workdir, step: int | None = None) -> None:
     run.pipeline.close()
 
 
+def sample(config, workdir, step: int | None, prompts, images) -> None:
+    """Mode sample: draw the prompts, or answer about (edit) the pictures at these paths."""
+    from inference.sample import respond
+
+    run, params, at = load_for_use(config, workdir, step)
+    rng = jax.random.fold_in(state.key_for(run.config, state.SAMPLE), at)
+    with scope(run.mesh):
+        files = respond(
+            run.config,
+            run.model,
+            params,
+            tokenizer=run.pipeline.tokenizer,
+            step=at,
+            rng=rng,
+            workdir=workdir,
+            prompts=prompts,
+            images=images,
+        )
+    run.pipeline.close()
+    for path in files:
+        say(str(path))
+
+
 def run_evals(run: Setup, params: Any, step: int, workdir: Path) -> dict[str, float]:
     """Results of config.evals at `step`; also in workdir/eval/<step>.json."""
     from eval.run import run_all

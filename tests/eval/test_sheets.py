@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from eval import EVALUATORS, drawing, sheets
+from eval import EVALUATORS, sheets
+from inference import drawing
 
 
 def test_sheets_and_texts_are_written(config, oracle, params, tmp_path):
