@@ -23,6 +23,7 @@ def data_config(**overrides) -> ml_collections.ConfigDict:
             categories=("all",),  # OpenMoji groups: people, food, nature, travel, ...
             skin_tones=True,  # False leaves out the 2,035 variants by skin tone
             langs=LANGUAGES,  # caption languages; one is drawn per picture and epoch
+            first_lang=0.0,  # share of captions in langs[0]; the other draws take all alike
             scenes=4000,  # training scenes; validation and test have a tenth each
             scene_glyphs=100,  # different glyphs that scenes may show; 0 = all that fit
             edit=False,  # pictures to generate become edits of a source picture

@@ -23,7 +23,7 @@ MODEL = dict(
     name="unifluid",
     vocab_size=0,  # 0: of the data's tokenizer
     image_size=32,
-    decoder=dict(size="tiny", width=192, layers=4, mlp=512, heads=4, kv_heads=2, head_dim=48),
+    decoder=dict(size="tiny", width=192, layers=3, mlp=512, heads=4, kv_heads=2, head_dim=48),
     vit=dict(size="debug", width=128, layers=2, mlp=384, heads=4, patch=8, image_size=32),
     vae=dict(size="small_32"),
     head=dict(width=224, depth=3),
@@ -38,7 +38,7 @@ MODEL = dict(
     vb_weight=1.0,
     discretised_t0=False,
     loss_norm="per_example",
-    pos_std=0.02,
+    pos_std=0.3,
     vit_zero_init=False,
     edit_source="both",
 )
@@ -72,15 +72,16 @@ def get_config(arg=""):
         data=data_config(
             name="image_text",
             captioned="openmoji",
-            categories=("food", "nature", "travel"),
+            categories=("food", "nature"),
             skin_tones=False,
+            first_lang=0.4,
             latents="models/tokenizers/weights/kl_vae_32.safetensors",
-            mix=dict(t2i=2.0, caption=1.0, vqa=1.0),
+            mix=dict(t2i=6.0, caption=1.0, vqa=1.0),
             prompt_length=18,
             text_length=22,
         ),
         init_from="vae=models/tokenizers/weights/kl_vae_32.safetensors",
-        optimizer=dict(lr=1.5e-3, b2=0.95, weight_decay=0.02, clip=1.0),
+        optimizer=dict(lr=2e-3, b2=0.95, weight_decay=0.02, clip=1.0),
         schedule=dict(name="wsd", warmup=80, decay=450, final=0.02),
         ema=dict(decay=0.998, warmup=True),
         sample=SAMPLE,
@@ -118,6 +119,7 @@ def _full(config):
     weights = "models/tokenizers/weights/kl_vae_64.safetensors"
     config.data.update(
         captioned="",
+        first_lang=0.0,
         categories=("all",),
         skin_tones=True,
         image_size=64,
@@ -149,6 +151,7 @@ def _published(variant):
         vae=dict(size="sd_f8"),
         head=head,
         lam=0.005,
+        pos_std=0.02,
         vit_zero_init=True,
         discretised_t0=True,
     )

@@ -70,6 +70,14 @@ def _pick(choices, u: float):
     return choices[int(u * len(choices))]
 
 
+def _pick_caption(pairs, u: float, data) -> tuple[str, str]:
+    """One of the (lang, caption) pairs: langs[0] with probability first_lang, else any."""
+    if u < data.first_lang and pairs[0][0] == data.langs[0]:
+        return pairs[0]
+    first = data.first_lang
+    return _pick(pairs, u / first if u < first else (u - first) / (1.0 - first))
+
+
 def _stack(found, *names: str) -> list[np.ndarray]:
     return [np.array([getattr(row, n) for row in found], np.int32) for n in names]
 
@@ -97,7 +105,7 @@ def _generation(config, split: str, texts: _Texts) -> tuple[int, Callable]:
     moments = latents.moments(config, found, split) if data.latents else None
 
     def make(chosen: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
-        got = [texts.prompt(_pick(pairs[i], x)[1]) for i, x in zip(chosen, u)]
+        got = [texts.prompt(_pick_caption(pairs[i], x, data)[1]) for i, x in zip(chosen, u)]
         tokens, length = _stack(got, "tokens", "length")
         out = {"gen_tokens": tokens, "gen_length": length}
         if moments is None:
@@ -119,7 +127,7 @@ def _understanding(data, split: str, texts: _Texts, counts: dict[str, int]):
     def make(captions: np.ndarray, questions: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
         got = []
         for i, x in zip(captions, u):
-            lang, caption = _pick(pairs[i], x)
+            lang, caption = _pick_caption(pairs[i], x, data)
             got.append(texts.answered(layout.caption_question(lang), caption))
         for i, x in zip(questions, u[len(captions) :]):
             chosen = _pick(found.items[asked[i]].questions, x)
