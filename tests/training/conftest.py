@@ -44,7 +44,7 @@ def command(*args: str) -> list[str]:
 def run(*args: str, **env: str) -> subprocess.CompletedProcess:
     """`command` in a process of its own."""
     return subprocess.run(
-        command(*args), env=os.environ | env, capture_output=True, text=True, timeout=240
+        command(*args), env=os.environ | env, capture_output=True, text=True, timeout=1200
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -183,3 +184,33 @@ def test_transfers_are_guarded(toy, tmp_path, monkeypatch):
     )
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         toy.train(tmp_path, steps=3)
+
+
+class FakeWandb:
+    """Records what is logged; stands in for the optional package."""
+
+    def __init__(self):
+        self.runs, self.rows = [], []
+        self.util = SimpleNamespace(generate_id=lambda: f"id{len(self.runs)}")
+
+    def init(self, **kwargs):
+        self.runs.append(kwargs)
+        return SimpleNamespace(
+            log=lambda values, step: self.rows.append((step, values)), finish=lambda: None
+        )
+
+
+def test_wandb_continues_the_same_run(toy, tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    args = dict(schedule__name="constant", checkpoint__every=2, wandb="project")
+    toy.train(tmp_path, steps=2, **args)
+    toy.train(tmp_path, steps=4, **args)
+    assert [r["id"] for r in fake.runs] == ["id0", "id0"] and fake.runs[0]["project"] == "project"
+    assert [step for step, values in fake.rows if "train/loss" in values] == [1, 2, 3, 4]
+
+
+def test_wandb_that_is_not_installed_is_said(toy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="config.wandb='project' needs: pip install wandb"):
+        toy.train(tmp_path, wandb="project")
