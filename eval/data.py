@@ -1,14 +1,22 @@
 """What evaluators ask of the data: captioned pictures of a split, right answers, token batches."""
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
+import jax
 import numpy as np
+from flax.linen import meta
 
 from eval import common
+from export import weights
 from input_pipeline import layout, sources, store, tokenizers
 from input_pipeline.examples import Examples, concatenate
+from models import glyph_classifier
 
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = "eval/weights/glyph_classifier_{size}.safetensors"
 SPLITS = ("train", "held_out")
 
 
@@ -144,5 +152,26 @@ def unigram(config, texts: Sequence[str]) -> np.ndarray:
 
 
 def classifier_features(config):
-    """Function of pictures [-1, 1] -> features of the small glyph classifier, or None."""
-    return None
+    """Function of pictures [-1, 1] -> features of the small glyph classifier, or None.
+
+    Without config.evaluation.classifier the shipped weights serve 32 and 64 px; other sizes have
+    no classifier.
+    """
+    size = f"small_{config.data.image_size}"
+    path = Path(config.evaluation.classifier or WEIGHTS.format(size=config.data.image_size))
+    path = path if path.exists() else ROOT / path
+    if size not in glyph_classifier.SIZES or not (config.evaluation.classifier or path.exists()):
+        return None
+    return _load_features(path, size)
+
+
+@functools.lru_cache(maxsize=4)
+def _load_features(path: Path, size: str):
+    cfg = glyph_classifier.SIZES[size]
+    abstract = jax.eval_shape(
+        lambda: meta.unbox(glyph_classifier.init_body(jax.random.key(0), cfg))
+    )
+    body = weights.from_published(
+        weights.load_safetensors(path), weights.flat_map(abstract), abstract
+    )
+    return jax.jit(functools.partial(glyph_classifier.features, body, cfg))

@@ -66,6 +66,12 @@ def features(
     return Body(cfg, dtype).apply({"params": body}, images)
 
 
+def init_body(rng: Array, cfg: ClassifierConfig) -> dict:
+    """Boxed parameters of the feature network alone: what evaluation loads."""
+    side = cfg.resolution
+    return Body(cfg).init(rng, jnp.zeros((1, side, side, 3)))["params"]
+
+
 def augment(images: Float[Array, "b h w 3"], keys: Array) -> Float[Array, "b h w 3"]:
     """Per row: scale 0.85-1.1, shift up to 1/12 of the side, brightness and contrast per channel,
     partial blur, noise; white enters at the edges."""
@@ -104,8 +110,7 @@ def build(config) -> Model:
         table = nn.with_logical_partitioning(
             nn.initializers.normal(cfg.features**-0.5), ("classes", "channels_in")
         )
-        params = body.init(own, jnp.zeros((1, side, side, 3)))["params"]
-        return {"body": params, "classes": table(head, (m.classes, cfg.features))}, {}
+        return {"body": init_body(own, cfg), "classes": table(head, (m.classes, cfg.features))}, {}
 
     def logits(params, images):
         return m.scale * body.apply({"params": params["body"]}, images) @ unit(params["classes"]).T

@@ -18,7 +18,7 @@ GOLDEN_CFG = kl_vae.KLVAEConfig(ch=32, mult=(1, 2), z=4, res_blocks=1, attn=(1,)
 
 def tiny_config(**model):
     """Whole config of a 16 px autoencoder that compiles in seconds."""
-    tiny = dict(size="small_32", ch=16, z=4, mult=(1, 1), stem=2, groups=4, resolution=16)
+    tiny = dict(size="small_32", ch=16, z=4, mult=(1,), stem=4, groups=4, resolution=16)
     model = (
         dict(
             name="kl_vae",
