@@ -1,0 +1,1 @@
+"""Speed, memory and compile figures; each module is one command: python -m benchmarks.NAME."""
