@@ -44,7 +44,7 @@ def by_kind(questions, answers) -> dict[str, float]:
 
 
 def build(config):
-    """Evaluator "questions": count, colour, position, presence, accuracy (their mean); each with _majority."""
+    """Evaluator "questions": accuracy by kind and their mean, each with its _majority."""
 
     def evaluate(model, params, *, step, rng, workdir):
         images, questions = asked_questions(config)

@@ -27,7 +27,7 @@ class Model(NamedTuple):
 
 
 def sized(sizes: Mapping[str, Any], node, key: str):
-    """config node with `size` and any overriding fields -> frozen dataclass out of a SIZES table."""
+    """A config node with `size` and overriding fields -> the dataclass of a SIZES table."""
     fields = dict(node)
     size = fields.pop("size")
     if size not in sizes:

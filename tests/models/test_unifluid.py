@@ -151,9 +151,7 @@ def test_check_4_cached_text_equals_recomputation(case):
     """Greedy answers are the argmax of the teacher-forced logits at every position."""
     _, model, net, params, batch = case
     width, new = batch["und_tokens"].shape[1], 6
-    start = jnp.where(
-        jnp.arange(width) < batch["und_prefix"][:, None], batch["und_tokens"], 0
-    )
+    start = jnp.where(jnp.arange(width) < batch["und_prefix"][:, None], batch["und_tokens"], 0)
     ids = unified.generate_text(
         model, params, batch["und_image"], start, batch["und_prefix"], max_new=new
     )
@@ -225,13 +223,12 @@ def test_check_7_lambda_zero(case):
     """lam = 0: no gradient on embedding rows that no prompt uses; no text rows: text loss 0."""
     config = tiny_config(model__lam=0.0)
     model, params, batch = MODELS["unifluid"](config), case[3], case[4]
-    grads = jax.jit(
-        jax.grad(
-            lambda p: model.loss(
-                p, {}, batch, jax.random.key(0), step=0, norms=model.norms(batch)
-            )[0]
-        )
-    )(params)
+    norms = model.norms(batch)
+
+    def total(p):
+        return model.loss(p, {}, batch, jax.random.key(0), step=0, norms=norms)[0]
+
+    grads = jax.jit(jax.grad(total))(params)
     used = set(np.asarray(batch["gen_tokens"]).ravel().tolist()) | {unifluid.BOI}
     rows = np.abs(np.asarray(grads["decoder"]["embedding"])).max(1)
     unused = [i for i in range(config.model.vocab_size) if i not in used]
