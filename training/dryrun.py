@@ -93,6 +93,8 @@ def measure(config, name: str) -> dict[str, Any]:
     from training.sharding import make_mesh, scope
     from training.state import count
 
+    if config.task != "train":
+        raise ValueError(f"config.task={config.task!r}: --mode=dryrun compiles the task 'train'")
     check(config)
     topology = topologies.parse(name)
     config = _with_vocabulary(config)
@@ -119,7 +121,7 @@ def measure(config, name: str) -> dict[str, Any]:
         **_memory(compiled, arguments, problem, topology.chip),
     )
     result |= _speed(compiled, executed, result, topology, config.accumulate)
-    result["advice"] = [] if result["fits"] else advice(config, result)
+    result["advice"] = [] if result["fits"] else advice(config, dict(mesh.shape), result)
     return result
 
 
@@ -214,10 +216,11 @@ def _compile(traced, topology) -> tuple[Any, str]:
 
 
 def _memory(compiled, arguments: int, problem: str, chip) -> dict[str, Any]:
-    """temp_bytes, total_bytes and fits; temporaries are read off the message when it overflows."""
+    """temp_bytes, total_bytes and fits; the total is read off the message when it overflows."""
     if compiled is None:
-        temporaries = needed_bytes(problem)
-        total = max(arguments + (temporaries or 0), chip.hbm + 1)
+        needed = needed_bytes(problem)
+        temporaries = None if needed is None else max(needed - arguments, 0)
+        total = max(arguments, needed or 0, chip.hbm + 1)
         sizes = dict(argument_bytes=arguments, temp_bytes=temporaries, total_bytes=total)
         return sizes | dict(fits=False)
     m = compiled.memory_analysis()
@@ -231,8 +234,8 @@ def _memory(compiled, arguments: int, problem: str, chip) -> dict[str, Any]:
 
 
 def needed_bytes(message: str) -> int | None:
-    """Bytes of temporaries that an out-of-memory message of the TPU compiler names."""
-    found = re.search(r"(?:HLO temporaries|total memory required)[^(]*\(([\d.]+)([KMGT])", message)
+    """Bytes that an out-of-memory message of the TPU compiler asks for, arguments included."""
+    found = re.search(r"total memory required[^(]*\(([\d.]+)([KMGT])", message)
     found = found or re.search(r"Used ([\d.]+)([KMGT])\w* of", message)
     if not found:
         return None
@@ -290,18 +293,18 @@ def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
     return dict(name=name, total_bytes=memory["total_bytes"], seconds=seconds)
 
 
-def advice(config, result: dict) -> list[str]:
+def advice(config, mesh: dict[str, int], result: dict) -> list[str]:
     """Config keys that would make the step smaller, most promising first, with what each saves."""
-    lines, mesh, devices = [], config.mesh, result["devices"]
-    spread = mesh.fsdp * mesh.tensor if mesh.fsdp > 0 else devices
+    lines, devices = [], result["devices"]
+    spread = mesh["fsdp"] * mesh["tensor"]
     state, temporaries = result["argument_bytes"] - result["batch_bytes"], result["temp_bytes"]
     if spread < devices:
         lines.append(
-            f"mesh.fsdp (now {mesh.fsdp}): the state takes {gib(state)} a device; split "
+            f"mesh.fsdp (now {mesh['fsdp']}): the state takes {gib(state)} a device; split "
             f"over all {devices} devices (mesh.data=1, mesh.fsdp=-1) up to {devices // spread} "
             "times less"
         )
-    if mesh.tensor == 1:
+    if mesh["tensor"] == 1:
         lines.append("mesh.tensor (now 1): splits the widest activations and the logits as well")
     if config.remat != "full":
         lines.append(f"remat (now {config.remat!r}): 'full' keeps one activation a layer")
