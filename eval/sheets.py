@@ -143,7 +143,7 @@ def curves(path, log) -> None:
             steps, values = np.array(series[key]).T
             marker = "" if key.startswith("train/") else "o"
             axes.plot(steps, values, marker=marker, label=key.removeprefix("eval/"))
-        axes.set(title=name, xlabel="step")
+        axes.set(title=name, xlabel="step", yscale="linear" if name in LINEAR else "log")
         axes.legend(fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -161,6 +161,8 @@ PANELS = {
     ),
     "text_accuracy": (),
 }
+
+LINEAR = ("text_accuracy",)
 
 
 def read_series(log) -> dict[str, list[tuple[float, float]]]:
