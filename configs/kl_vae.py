@@ -9,6 +9,7 @@ and, at 32 and 64 px, at tokenizers small enough to be shipped with the code.
 | --- | --- | --- |
 | (none) | 32 px to 16 tokens of 16, 0.9 M parameters, glyphs and scenes | 2 CPU cores, minutes |
 | 64 | the same network at 64 px: 64 tokens of 16 | 2 CPU cores, an hour |
+| decoder | the shipped 32 px decoder alone, further; tokens stay what they are | minutes |
 | debug | 20 steps of the default | under a minute |
 | kl16 | MAR's 66 M parameters, 256 px to 256 tokens of 16, LPIPS, PatchGAN, your data | pods |
 | sd_f8 | Stable Diffusion's 84 M parameters, 32 x 32 x 4 latents, the same losses | pods |
@@ -29,7 +30,7 @@ MODEL = dict(
 
 def get_config(arg=""):
     """The config of one variant; see the table above."""
-    variant = common.parse_arg(arg, ("debug", "64", "kl16", "sd_f8")).variant
+    variant = common.parse_arg(arg, ("debug", "64", "decoder", "kl16", "sd_f8")).variant
     if variant in ("kl16", "sd_f8"):
         return _published(variant)
     config = common.base(
@@ -46,6 +47,11 @@ def get_config(arg=""):
     if variant == "64":
         config.model.vae.size = "small_64"
         config.data.image_size = 64
+        config.steps, config.batch_size = 3000, 32
+        config.init_from = "models/tokenizers/weights/kl_vae_32.safetensors"
+    if variant == "decoder":
+        config.objective.freeze = ("encoder", "quant_conv", "latents")
+        config.init_from = "models/tokenizers/weights/kl_vae_32.safetensors"
     if variant == "debug":
         config.steps, config.log_every, config.batch_size = 20, 5, 16
         config.data.update(categories=("food",), scenes=200)

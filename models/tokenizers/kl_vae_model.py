@@ -78,6 +78,7 @@ def build(config) -> Model:
     cfg = sized(kl_vae.SIZES, m.vae, "model.vae")
     net, distance = kl_vae.KLVAE(cfg, dtype, config.remat), _reconstruction(m)
     side = config.data.image_size
+    held = "latents" in config.objective.get("freeze", ())  # a decoder trained to given latents
     if side % cfg.stride:
         raise ValueError(f"config.data.image_size={side} must be a multiple of {cfg.stride}")
 
@@ -156,7 +157,7 @@ def build(config) -> Model:
             "encode_latents": encode_latents,
             "decode_latents": decode_latents,
             "generate": generate,
-            "finalise": finalise,
+            **({} if held else {"finalise": finalise}),
         },
         batches={
             "default": {

@@ -30,9 +30,15 @@ def tiny_config(**model):
         )
         | model
     )
-    data = dict(image_size=16)
     return ml_collections.ConfigDict(
-        dict(model=model, data=data, batch_size=4, precision="float32", remat="none")
+        dict(
+            model=model,
+            objective=dict(name="model", freeze=("",)[:0]),
+            data=dict(image_size=16),
+            batch_size=4,
+            precision="float32",
+            remat="none",
+        )
     )
 
 
@@ -204,6 +210,12 @@ def test_running_statistics_normalise_the_tokens(trained):
     want = model.predict["decode"](params, kl_vae.posterior_mean(moments))
     got = model.predict["decode_latents"](params, tokens)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_latents_keep_their_statistics():
+    config = tiny_config()
+    config.objective.freeze = ("encoder", "quant_conv", "latents")
+    assert "finalise" not in MODELS["kl_vae"](config).predict
 
 
 def test_latent_statistics_get_no_gradient(trained):
