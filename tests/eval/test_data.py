@@ -63,3 +63,12 @@ def test_rows_of_a_log_that_was_cut_short(tmp_path):
     path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra')
     assert common.read_rows(path) == [{"step": 1, "train/loss": 2.0}]
     assert common.read_rows(tmp_path / "absent") == []
+
+
+def test_the_shipped_classifier_serves_its_picture_size_only(config):
+    assert data.classifier_features(config) is None  # 8 px
+    config.data.image_size = 32
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 32, 32, 3)).astype(np.float32)
+    vectors = np.asarray(data.classifier_features(config)(images))
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, rtol=1e-5)
+    assert abs(vectors[0] @ vectors[1]) < 0.999999
