@@ -1,6 +1,6 @@
 """One Gemma-2 block stack, here and in torch through transformers, on the same two cores.
 
-    python -m benchmarks.cpu_peers [--torch-python=PYTHON] [--dtype=DTYPE] [--threads=2] [--out=FILE]
+    python -m benchmarks.cpu_peers [--torch-python=PYTHON] [--dtype=DTYPE] [--threads=2] [--out=F]
 
 Training: one AdamW step on 8 x 256 tokens. Decoding: 16 prompts of 64 tokens, 64 greedy tokens
 more, keys and values cached. The weights are the same on both sides (exported under their published

@@ -72,13 +72,18 @@ def measure(config: str, rounds: int) -> list[dict]:
     ]
 
 
-def main(argv=None) -> None:
-    """All rows."""
+def arguments(argv=None) -> argparse.Namespace:
+    """Command line of this benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/uniflud.py:debug")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", default="", help="JSON file for the results")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    """All rows."""
+    args = arguments(argv)
     rows = measure(args.config, args.rounds)
     for row in rows:
         common.show(row)

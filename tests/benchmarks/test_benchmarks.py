@@ -1,0 +1,84 @@
+"""The benchmarks parse their command lines, take turns fairly, and run in their smallest form."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import accelerator, common, cross_entropy
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = re.compile(r"python -m benchmarks\.(\w+)([^`\n|]*)")
+
+
+def commands():
+    """(where, module, arguments) of every benchmark command in the docs and in the results."""
+    texts = [ROOT / "docs" / "benchmarks.md", *(ROOT / "benchmarks" / "results").glob("*.json")]
+    for path in texts:
+        for module, options in COMMAND.findall(path.read_text()):
+            yield path.name, module, shlex.split(options.partition('"')[0])
+
+
+def test_every_command_that_is_written_down_parses():
+    found = list(commands())
+    assert {"generation", "cpu_peers", "accelerator"} <= {module for _, module, _ in found}
+    for where, module, options in found:
+        if module == "loader":
+            assert set(options) <= {"--full"}, where
+        else:
+            importlib.import_module(f"benchmarks.{module}").arguments(options)
+
+
+def test_interleave_turns_the_order_round():
+    calls = []
+    cases = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = common.interleave(cases, rounds=3, warmup=0)
+    assert "".join(calls) == "abcbcacab"
+    assert {len(values) for values in times.values()} == {3}
+
+
+def test_ratio_pairs_the_rounds():
+    """A load that slows a whole round by ten changes nothing."""
+    fast = [1.0, 10.0, 1.0]
+    assert common.ratio([2.0 * x for x in fast], fast) == {"median": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_quick_accelerator_section_and_its_file(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    argv = ["--quick", "--sections", "device", "check_cross_entropy", f"--out={out}"]
+    assert accelerator.main(argv) == 0
+    result = json.loads(out.read_text())
+    rows = {(row["section"], row.get("what", row.get("check"))): row for row in result["rows"]}
+    assert rows["check_cross_entropy", "cross-entropy and its gradients"]["passed"]
+    assert result["machine"]["devices"] >= 1
+    assert "check_cross_entropy" in capsys.readouterr().out
+
+
+def test_failing_section_is_reported_and_the_next_one_runs(monkeypatch):
+    def broken(quick, peaks):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setitem(accelerator.SECTIONS, "device", broken)
+    argv = ["--quick", "--sections", "device", "check_cross_entropy", "--out="]
+    assert accelerator.main(argv) == 1
+
+
+def test_unknown_section_is_refused():
+    with pytest.raises(SystemExit):
+        accelerator.arguments(["--sections", "nothing"])
+
+
+def test_cross_entropy_memory_row_counts_the_scores():
+    row = cross_entropy.memory(64, 16, 32_000, "float32")
+    assert row["plain"] >= 64 * 32_000 * 4
+    assert row["chunked"] < row["plain"]
+    assert row["chunked / plain"] == pytest.approx(row["chunked"] / row["plain"], rel=1e-3)
+
+
+def test_digits_keep_four():
+    assert common.digits(0.00123456) == 0.001235
+    assert common.spread(np.arange(5.0)) == {"median": 2.0, "low": 1.0, "high": 3.0}
