@@ -66,7 +66,7 @@ def get_config(arg=""):
     config = common.base(
         seed=0,
         steps=1300,
-        batch_size=64,
+        batch_size=80,
         model=MODEL,
         objective=dict(name="model", freeze=("vae",)),
         data=data_config(
@@ -76,7 +76,7 @@ def get_config(arg=""):
             skin_tones=False,
             first_lang=0.4,
             latents="models/tokenizers/weights/kl_vae_32.safetensors",
-            mix=dict(t2i=6.0, caption=1.0, vqa=1.0),
+            mix=dict(t2i=6.0, caption=3.0, vqa=1.0),
             prompt_length=18,
             text_length=22,
         ),

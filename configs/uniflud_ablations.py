@@ -32,7 +32,8 @@ def get_config(arg=""):
     variant = common.parse_arg(arg, ("lam", "order", "joint", "debug")).variant
     if variant == "debug":
         groups = {f"lam={lam}": (f"model.lam={lam}",) for lam in (0.1, 1.0)}
-        return _runs(groups, "configs/uniflud.py:debug", (0,), ('evals=("captioning",)',))
+        quick = ('evals=("captioning",)', "sample.prompts=()")
+        return _runs(groups, "configs/uniflud.py:debug", (0,), quick, TEXT[:2])
     if variant == "order":
         groups = {
             "random": (),
@@ -42,18 +43,21 @@ def get_config(arg=""):
         return _runs(groups)
     if variant == "joint":
         groups = {
-            "pictures only": ("data.mix.caption=0.0", "data.mix.vqa=0.0", "batch_size=32"),
+            "pictures only": ("data.mix.caption=0.0", "data.mix.vqa=0.0", "batch_size=40"),
             "both": ("model.lam=0.05",),
-            "text only": ("data.mix.t2i=0.0", "batch_size=32", "model.lam=1.0"),
+            "text only": ("data.mix.t2i=0.0", "batch_size=40", "model.lam=1.0"),
         }
         return _runs(groups)
     return _runs({f"lam={lam}": (f"model.lam={lam}",) for lam in LAMBDAS})
 
 
-def _runs(groups, spec="configs/uniflud.py", seeds=SEEDS, extra=SHORT):
+def _runs(groups, spec="configs/uniflud.py", seeds=SEEDS, extra=SHORT, columns=PICTURES + TEXT):
     runs = tuple(
         (f"{group}/seed{seed}", spec, (*extra, *overrides, f"seed={seed}"))
         for group, overrides in groups.items()
         for seed in seeds
     )
-    return common.base(task="runs", runs=runs, report="ablation_table")
+    table = dict(metrics=columns)
+    return common.base(
+        task="runs", runs=runs, report="ablation_table", evaluation=dict(table=table)
+    )

@@ -307,6 +307,9 @@ def image_tokens(
     moments = batch.get(f"{name}_moments")
     if moments is None:
         pixels = batch[f"{name}_image"].astype(jnp.float32) / 127.5 - 1.0
+        side = round(cfg.tokens**0.5) * cfg.vae.stride * cfg.vae.patch
+        if pixels.shape[1] != side:  # a source picture comes in the size that SigLIP reads
+            pixels = jax.image.resize(pixels, (len(pixels), side, side, 3), "cubic")
         moments = kl_vae.encode(vae, cfg.vae, pixels)
     z, logvar = kl_vae.split_moments(moments)
     if noise is not None:
@@ -386,10 +389,12 @@ def text_loss(net: UniFluid, params, batch, weights):
 
 def norms(cfg: UniFluidConfig, batch) -> dict[str, Float[Array, ""]]:
     """Denominators over the whole global batch; 1 where a kind of example is absent."""
-    weights = answer_weights(batch)
-    text = (weights.sum(1) > 0).sum() if cfg.loss_norm == "per_example" else weights.sum()
-    visual = batch["gen_tokens"].shape[0] * cfg.tokens
-    return {"visual": jnp.float32(max(visual, 1)), "text": jnp.maximum(text, 1).astype(jnp.float32)}
+    visual = batch["gen_tokens"].shape[0] * cfg.tokens if "gen_tokens" in batch else 1
+    text = jnp.float32(1)
+    if "und_tokens" in batch:
+        weights = answer_weights(batch)
+        text = (weights.sum(1) > 0).sum() if cfg.loss_norm == "per_example" else weights.sum()
+    return {"visual": jnp.float32(visual), "text": jnp.maximum(text, 1).astype(jnp.float32)}
 
 
 def loss(net: UniFluid, params, extra, batch, rng, *, step, norms):
@@ -397,9 +402,10 @@ def loss(net: UniFluid, params, extra, batch, rng, *, step, norms):
     cfg = net.cfg
     keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(batch["example"])
     mse = vb = nll = correct = jnp.float32(0)
-    if rows := batch["gen_tokens"].shape[0]:
+    if "gen_tokens" in batch:
+        rows = batch["gen_tokens"].shape[0]
         mse, vb = visual_loss(net, params, batch, draw_noise(cfg, keys[:rows], step))
-    if batch["und_tokens"].shape[0]:
+    if "und_tokens" in batch:
         weights = answer_weights(batch)
         if cfg.loss_norm == "per_example":
             weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1)

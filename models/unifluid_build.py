@@ -97,15 +97,14 @@ def batch_spec(config, cfg: UniFluidConfig) -> dict[str, jax.ShapeDtypeStruct]:
         "und_prefix": ints(und),
         "und_length": ints(und),
     }
-    names = ("gen", "gen_source") if d.edit else ("gen",)
-    for name in names:
-        if d.latents:
-            spec[f"{name}_moments"] = moments
-        else:
-            spec[f"{name}_image"] = pixels(gen, m.image_size)
+    spec["gen_image"] = pixels(gen, m.image_size)
+    if d.latents:
+        del spec["gen_image"]
+        spec["gen_moments"] = moments
+        spec |= {"gen_source_moments": moments} if d.edit else {}
     if d.edit:
         spec["gen_source_image"] = pixels(gen, cfg.vit.image_size)
-    return spec
+    return {key: value for key, value in spec.items() if value.shape[0]}
 
 
 def weight_map(cfg: UniFluidConfig, params) -> WeightMap:

@@ -19,11 +19,16 @@ from training.fingerprint import fingerprints, verify
 from training.tree import flat, unflat
 
 
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """Our own errors say in one line what orbax tells at length; other warnings stay."""
+    return "orbax" not in record.pathname
+
+
 class Checkpoints:
     """The checkpoints in one folder; the newest `keep` and every `keep_every`-th step stay."""
 
     def __init__(self, directory: Path, keep: int = 2, keep_every: int = 0, write: bool = True):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # our own errors say it in one line
+        logging.getLogger("absl").addFilter(_not_from_orbax)
         self.directory, self._write, self._why = Path(directory).resolve(), write, ""
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep if write else None,

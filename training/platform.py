@@ -68,7 +68,7 @@ def join_hosts() -> None:
         import jax
 
         jax.distributed.initialize()  # jax reads the rest from the cluster's own variables
-    elif "tpu" in accelerators():
+    elif "tpu" in accelerators() and "TPU_WORKER_HOSTNAMES" not in env:
         import jax
 
         # On Google's TPU VMs nothing in the environment names the hosts: jax asks the metadata
