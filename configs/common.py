@@ -3,7 +3,6 @@
 `load_config("configs/uniflud.py:debug", steps=20)` is how notebooks and tests get a config.
 """
 
-import ast
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs.data import data_config
 from configs.evals import eval_config
-from configs.loading import flatten, load_config, unknown
+from configs.loading import flatten, load_config, typed, unknown
 
 __all__ = ["base", "flatten", "load_config", "parse_arg", "unknown"]
 # Sections whose keys belong to one system; everywhere else an unknown key is a typo.
@@ -105,20 +104,5 @@ def parse_arg(arg: str, variants=("debug",), **defaults: Any) -> SimpleNamespace
                 f"any config key is set with --config.{key}={text}"
             )
         else:
-            values[key] = _typed(key, text, defaults[key])
+            values[key] = typed(key, text, defaults[key])
     return SimpleNamespace(**values)
-
-
-def _typed(key: str, text: str, default: Any) -> Any:
-    """Text as the type of the default."""
-    if isinstance(default, str):
-        return text
-    try:
-        value = ast.literal_eval(text.capitalize() if isinstance(default, bool) else text)
-        if isinstance(default, float) and isinstance(value, int):
-            value = float(value)
-        if type(value) is type(default):
-            return value
-    except (ValueError, SyntaxError):
-        pass
-    raise ValueError(f"config argument {key}={text!r} must be a {type(default).__name__}")

@@ -4,6 +4,7 @@
 everywhere.
 """
 
+import ast
 import difflib
 import re
 from pathlib import Path
@@ -24,14 +25,33 @@ def unknown(kind: str, name: str, allowed) -> str:
     return f"unknown {kind} {name!r}.{hint} Allowed: {', '.join(allowed) or 'none'}"
 
 
+def typed(key: str, text: str, default: Any) -> Any:
+    """Text as the type of the default."""
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if isinstance(default, bool) else text)
+        if isinstance(default, float) and isinstance(value, int):
+            value = float(value)
+        if type(value) is type(default):
+            return value
+    except (ValueError, SyntaxError):
+        pass
+    raise ValueError(f"config argument {key}={text!r} must be a {type(default).__name__}")
+
+
+def one_line(error: Exception, limit: int = 10_000) -> str:
+    """An error's text on one line, or its type where it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def find_config(spec: str) -> str:
     """'configs/x.py:arg', 'x.py:arg' or 'x:arg' -> existing path with the same argument."""
     name, colon, arg = spec.partition(":")
     for path in (Path(name), ROOT / name, ROOT / "configs" / name, ROOT / "configs" / f"{name}.py"):
         if path.suffix == ".py" and path.is_file():
             return f"{path}{colon}{arg}"
-    names = [f"configs/{p.name}" for p in list_configs()]
-    raise FileNotFoundError(unknown("config", name, names))
+    raise FileNotFoundError(unknown("config", name, [f"configs/{p.name}" for p in list_configs()]))
 
 
 def list_configs() -> list[Path]:

@@ -14,14 +14,14 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from configs.loading import one_line
 from training.data_position import read_positions, set_position
 from training.fingerprint import fingerprints, verify
 from training.tree import flat, unflat
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    """Our own errors say in one line what orbax tells at length; other warnings stay."""
-    return "orbax" not in record.pathname
+    return "orbax" not in record.pathname  # our errors say it in one line; other warnings stay
 
 
 class Checkpoints:
@@ -77,7 +77,7 @@ class Checkpoints:
             kept = [s for s in self.steps if s != step]
             what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             left = f"step {kept[-1]} is kept" if kept else "there is no earlier one"
-            what += f" could not be saved in {self.directory} ({left}): {_line(error)}"
+            what += f" could not be saved in {self.directory} ({left}): {one_line(error, 200)}"
             raise OSError(what) from error
 
     def restore(self, like: Any, iterator: Any = None, step: int | None = None, check=None):
@@ -107,8 +107,8 @@ class Checkpoints:
         wanted, saved = flat(like), meta["fingerprints"]
         lacking = sorted(set(wanted) - set(saved))
         if lacking:
-            text = "config.model, objective, optimizer or ema ask for something else"
-            raise ValueError(f"step {step} in {self.directory} has no {lacking[0]!r}: {text}")
+            text = f"step {step} in {self.directory} has no {lacking[0]!r}, which config asks for"
+            raise ValueError(text)
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
         values = self._attempt(self._read, step, "state", args) if wanted else {}
@@ -129,7 +129,7 @@ class Checkpoints:
         try:
             value = read(*args)
         except Exception as error:
-            self._why = _line(error)
+            self._why = one_line(error, 200)
         if jax.process_count() > 1:
             whole = multihost_utils.process_allgather(value is not None).all()
             value, self._why = (value if whole else None), self._why or "another host failed"
@@ -148,7 +148,3 @@ class Checkpoints:
         """Wait for the background and stop it; the error of a background save is raised."""
         with self._told(None):
             self._manager.close()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -115,7 +115,7 @@ def one_line_errors(debug: bool):
     except (ValueError, LookupError, OSError, ImportError, ArithmeticError) as error:
         if debug:
             traceback.print_exc()
-        line = " ".join(str(error).split()) or type(error).__name__
+        line = loading.one_line(error)
         if isinstance(error, KeyError | ImportError):
             line = f"{type(error).__name__}: {line}"
         hint = "" if debug else "  (--debug_errors shows where)"
