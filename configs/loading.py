@@ -1,8 +1,4 @@
-"""Find, load and override configs: what main.py, notebooks and tests share.
-
-`load_config` goes through the same flags as the command line, so an override means the same
-everywhere.
-"""
+"""Find, load and override configs: through the same flags for main.py, notebooks and tests."""
 
 import ast
 import difflib

@@ -41,7 +41,7 @@ class Checkpoints:
         handlers = dict(state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
         handlers["data"] = grain.checkpoint.CheckpointHandler()
         self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=tuple(handlers), item_handlers=handlers
+            self.directory, options=options, item_handlers=handlers
         )
 
     @property
