@@ -47,9 +47,10 @@ def get_config(arg=""):
     if variant == "64":
         config.model.vae.size = "small_64"
         config.data.image_size = 64
-        config.steps, config.batch_size = 3000, 32
+        config.steps, config.batch_size, config.optimizer.lr = 3000, 32, 1e-3
         config.init_from = "models/tokenizers/weights/kl_vae_32.safetensors"
     if variant == "decoder":
+        config.steps, config.optimizer.lr = 6000, 1.5e-3
         config.objective.freeze = ("encoder", "quant_conv", "latents")
         config.init_from = "models/tokenizers/weights/kl_vae_32.safetensors"
     if variant == "debug":
