@@ -65,7 +65,7 @@ def get_config(arg=""):
         return _published(variant)
     config = common.base(
         seed=0,
-        steps=1300,
+        steps=1400,
         batch_size=80,
         model=MODEL,
         objective=dict(name="model", freeze=("vae",)),
@@ -76,7 +76,8 @@ def get_config(arg=""):
             skin_tones=False,
             first_lang=0.4,
             latents="models/tokenizers/weights/kl_vae_32.safetensors",
-            mix=dict(t2i=6.0, caption=3.0, vqa=1.0),
+            mix=dict(t2i=5.0, caption=3.0, vqa=2.0),
+            scene_glyphs=24,
             prompt_length=18,
             text_length=22,
         ),
@@ -120,6 +121,7 @@ def _full(config):
     config.data.update(
         captioned="",
         first_lang=0.0,
+        scene_glyphs=100,
         categories=("all",),
         skin_tones=True,
         image_size=64,

@@ -1,6 +1,7 @@
 """What must be decided before jax is imported, and right after: devices, hosts, compile cache."""
 
 import contextlib
+import ctypes
 import glob
 import os
 import sys
@@ -43,6 +44,25 @@ def before_jax() -> None:
             os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse the large buffers that XLA's CPU backend frees after every step.
+
+    By default each goes back to the kernel and faults in again page by page: 100,000 faults and a
+    quarter of the step of configs/uniflud.py on two cores. MALLOC_* and GLIBC_TUNABLES win.
+    """
+    chosen = any(k.startswith("MALLOC_") for k in os.environ) or "GLIBC_TUNABLES" in os.environ
+    if sys.platform != "linux" or chosen or accelerators():
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another C library
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # <malloc.h>
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(arena_max, 1)
 
 
 def join_hosts() -> None:
