@@ -27,6 +27,7 @@ def eval_config(**overrides) -> ml_collections.ConfigDict:
             pictures=256,  # real glyphs of each side of kid, pictures of reconstruction
             edits=24,  # edited scenes of each kind
             gradient_examples=8,  # of each task in the batch of the gradient comparison
+            loss_batches=4,  # of `batch` rows per split: losses
             trunk="decoder",  # params[trunk] is what the two losses share
             sheet=24,  # pictures per contact sheet
             sheet_languages=("en", "es", "de", "fr", "ru", "ja", "ar"),

@@ -16,15 +16,22 @@ continues where it was. Leaves report.md, report.json and report.png in the work
 
 from configs import common
 
-LAMBDAS = (0.005, 0.01, 0.05, 0.1, 0.2, 1.0, 2.0)
+LAMBDAS = (0.005, 0.05, 0.1, 0.5, 2.0)
 SEEDS = (0, 1, 2)
 PICTURES = (
     "retrieval/train_top1_classifier",
     "retrieval/train_top1_latent",
-    "retrieval/held_out_top1_classifier",
+    "losses/train_mse",
+    "losses/held_out_mse",
 )
 TEXT = ("captioning/train_loss", "captioning/held_out_loss", "questions/accuracy")
-SHORT = ("steps=800", "schedule.decay=250", 'evals=("captioning","questions","retrieval")')
+SHORT = (
+    "steps=500",
+    "schedule.decay=160",
+    'evals=("losses","captioning","questions","retrieval")',
+    "evaluation.prompts=128",
+    "sample.prompts=()",
+)
 
 
 def get_config(arg=""):

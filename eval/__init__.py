@@ -16,6 +16,7 @@ _MODULES = {
     "reconstruction": "eval.reconstruction",
     "kid": "eval.kid",
     "gradients": "eval.gradients",
+    "losses": "eval.losses",
     "edits": "eval.edits",
     "sheets": "eval.sheets",
     "power_law": "eval.scaling.power_law",

@@ -70,6 +70,32 @@ def one_per_group(examples: Examples, most: int, seed: int) -> np.ndarray:
     return np.array(rows, np.int64)
 
 
+def loss_batches(config, name: str, *, rows: int, count: int) -> list[dict[str, np.ndarray]]:
+    """The first `count` mixed batches of `rows` rows of "train" or "held_out", as training sees
+    them and with the example index; the same at every evaluation."""
+    from input_pipeline import DATASETS
+
+    small = config.copy_and_resolve_references()
+    with small.unlocked():
+        small.batch_size = rows
+        small.data.prefetch = 0
+    pipeline = DATASETS[config.data.name](
+        small,
+        split=split_name(config, name),
+        seed=config.evaluation.seed,
+        process_index=0,
+        process_count=1,
+    )
+    try:
+        batches = [dict(b) for b, _ in zip(pipeline.dataset, range(count))]
+    finally:
+        pipeline.close()
+    return [
+        batch | {"example": np.arange(i * rows, (i + 1) * rows, dtype=np.int32)}
+        for i, batch in enumerate(batches)
+    ]
+
+
 def languages(config, wanted: Sequence[str]) -> tuple[str, ...]:
     """Those of `wanted` that the data has, or all of the data's."""
     return tuple(k for k in wanted if k in config.data.langs) or tuple(config.data.langs)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval import common
+from eval import common, data
 
 TERMS = ("visual", "text")
 
@@ -60,29 +60,12 @@ def _only(norms, term: str) -> dict:
     return {k: jnp.float32(v if k == term else jnp.inf) for k, v in norms.items()}
 
 
-def training_batch(config) -> dict[str, np.ndarray]:
-    """A small training batch, the same at every evaluation, with the example index."""
-    from input_pipeline import DATASETS
-
-    small = config.copy_and_resolve_references()
-    with small.unlocked():
-        small.batch_size = 2 * config.evaluation.gradient_examples
-        small.data.prefetch = 0
-    pipeline = DATASETS[config.data.name](
-        small, split="train", seed=config.evaluation.seed, process_index=0, process_count=1
-    )
-    try:
-        batch = dict(next(iter(pipeline.dataset)))
-    finally:
-        pipeline.close()
-    return batch | {"example": np.arange(small.batch_size, dtype=np.int32)}
-
-
 def build(config):
     """Evaluator "gradients": visual_norm, text_norm, cosine."""
 
     def evaluate(model, params, *, step, rng, workdir):
-        batch = training_batch(config)
+        rows = 2 * config.evaluation.gradient_examples
+        (batch,) = data.loss_batches(config, "train", rows=rows, count=1)
         key = jax.random.fold_in(rng, 2)
         return compare(model, params, batch, key, step=step, trunk=config.evaluation.trunk)
 

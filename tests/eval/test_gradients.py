@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from eval import gradients
@@ -44,14 +43,3 @@ def test_mistakes_are_named():
         compare(model_of(visual=1.0, text=1.0), trunk="body")
     with pytest.raises(ValueError, match="needs the loss term 'text'"):
         compare(model_of(visual=1.0))
-
-
-def test_training_batch_is_small_and_the_same_every_time(config):
-    config.batch_size = 64
-    config.evaluation.gradient_examples = 4
-    batch = gradients.training_batch(config)
-    again = gradients.training_batch(config)
-    assert config.batch_size == 64 and batch["example"].tolist() == list(range(8))
-    assert batch["gen_tokens"].shape[0] + batch["und_tokens"].shape[0] == 8
-    for key in batch:
-        np.testing.assert_array_equal(batch[key], again[key])
