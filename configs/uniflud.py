@@ -53,6 +53,7 @@ SAMPLE = dict(
     order="random",
     x0_clip=5.0,
     max_new=24,
+    beams=1,  # of captions and answers; PaliGemma's captions use 2
 )
 
 EVALS = ("captioning", "questions", "retrieval", "reconstruction", "kid", "gradients", "sheets")

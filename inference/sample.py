@@ -62,7 +62,7 @@ def draw(config, model, params, tokenizer, prompts, rng, source=None) -> unified
 
 
 def answer(config, model, params, tokenizer, pictures, questions) -> list[str]:
-    """Greedy answers, one per (picture uint8 [s, s, 3], question)."""
+    """Answers by config.sample.beams, one per (picture uint8 [s, s, 3], question)."""
     encoded = [layout.encode_question(tokenizer, q, config.data.text_length) for q in questions]
     ids = unified.generate_text(
         model,
@@ -71,6 +71,7 @@ def answer(config, model, params, tokenizer, pictures, questions) -> list[str]:
         np.stack([e.tokens for e in encoded]),
         np.array([e.length for e in encoded], np.int32),
         max_new=config.sample.max_new,
+        beams=config.sample.get("beams", 1),
     )
     return [tokenizer.decode(row.tolist()) for row in np.asarray(ids)]
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from inference import beam
 from inference.diffusion import guidance_weights, sample_head
 
 EOS, PAD = 1, 0
@@ -218,11 +219,19 @@ def generate_text(
     max_new: int,
     temperature: float = 0.0,
     rng=None,
+    beams: int = 1,
+    length_penalty: float = 0.0,
 ) -> Int[Array, "b {max_new}"]:
-    """Answer right-padded questions about pictures; greedy unless temperature > 0.
+    """Answer right-padded questions about pictures; greedy unless temperature or beams say other.
 
+    beams > 1: beam search, hypotheses ranked as inference/beam.py says; it has no temperature.
     Returns ids up to and including EOS, PAD after; the loop ends when every row has ended.
     """
+    if beams > 1:
+        if temperature:
+            raise ValueError(f"beam search (beams={beams}) has no temperature ({temperature})")
+        search = beam.compiled(tuple(model.predict.items()), max_new, beams, float(length_penalty))
+        return search(params, images, tokens, lengths)[0]
     rng = jax.random.key(0) if rng is None else rng
     keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(tokens.shape[0]))
     run = _compiled_text(tuple(model.predict.items()), max_new)

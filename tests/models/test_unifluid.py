@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs.common import load_config
-from inference import unified
+from inference import beam, unified
 from models import MODELS, unifluid
 from models.blocks import diffusion_head as dh
 from models.unifluid import UniFluid
@@ -163,6 +163,23 @@ def test_check_4_cached_text_equals_recomputation(case):
     best = jnp.take_along_axis(logits.argmax(-1), at - 1, axis=1)
     before_eos = jnp.cumsum(ids == unified.EOS, axis=1) - (ids == unified.EOS) == 0
     np.testing.assert_array_equal(jnp.where(before_eos, best, 0), ids)
+
+
+def test_beams_carry_their_own_caches(case):
+    """The score of what beam search returns is its teacher-forced log probability."""
+    _, model, _, params, batch = case
+    width, new = batch["und_tokens"].shape[1], 6
+    start = jnp.where(jnp.arange(width) < batch["und_prefix"][:, None], batch["und_tokens"], 0)
+    search = beam.compiled(tuple(model.predict.items()), new, 3, 0.0)
+    ids, score = search(params, batch["und_image"], start, batch["und_prefix"])
+    rows = jnp.arange(len(start))[:, None]
+    at = batch["und_prefix"][:, None] + jnp.arange(new)
+    fed = dict(batch, und_tokens=start.at[rows, at].set(ids))
+    fed["und_length"] = batch["und_prefix"] + new
+    logp = jax.nn.log_softmax(jax.jit(model.predict["logits"])(params, fed))
+    said = jnp.take_along_axis(logp[rows, at - 1], ids[..., None], axis=-1)[..., 0]
+    before_eos = jnp.cumsum(ids == unified.EOS, axis=1) - (ids == unified.EOS) == 0
+    np.testing.assert_allclose(jnp.where(before_eos, said, 0).sum(1), score, atol=1e-4)
 
 
 def compiled_flops(guidance):
