@@ -11,6 +11,7 @@ continues where it was. Leaves report.md, report.json and report.png in the work
 | (none), lam | seven loss weights of the text term | larger: text better, pictures worse |
 | order | random order, raster, random without P_next | random draws best, without P_next worst |
 | joint | pictures only, text only, both | small weights of text do not hurt pictures |
+| seeds | nothing: the default run itself, in full, with three seeds | its spread |
 | debug | two loss weights, debug models | under two minutes |
 """
 
@@ -24,6 +25,7 @@ PICTURES = (
     "losses/train_mse",
     "losses/held_out_mse",
 )
+KINDS = ("colour", "count", "position", "presence")
 TEXT = ("captioning/train_loss", "captioning/held_out_loss", "questions/accuracy")
 SHORT = (
     "steps=500",
@@ -36,11 +38,14 @@ SHORT = (
 
 def get_config(arg=""):
     """The list of runs of one ablation."""
-    variant = common.parse_arg(arg, ("lam", "order", "joint", "debug")).variant
+    variant = common.parse_arg(arg, ("lam", "order", "joint", "seeds", "debug")).variant
     if variant == "debug":
         groups = {f"lam={lam}": (f"model.lam={lam}",) for lam in (0.1, 1.0)}
         quick = ('evals=("captioning",)', "sample.prompts=()")
         return _runs(groups, "configs/uniflud.py:debug", (0,), quick, TEXT[:2])
+    if variant == "seeds":
+        columns = (*PICTURES[:2], *TEXT[:2], *(f"questions/{k}" for k in KINDS))
+        return _runs({"default": ()}, extra=(), columns=columns)
     if variant == "order":
         groups = {
             "random": (),
