@@ -21,6 +21,12 @@ import tempfile
 from pathlib import Path
 
 ATTENTION = ("eager", "sdpa")
+# What training.platform tells the C library on our side, told on torch's side too.
+MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "2147483647",
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
 class Torch:
@@ -29,7 +35,9 @@ class Torch:
     def __init__(self, python: str):
         script = Path(__file__).with_name("torch_peer.py")
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen([python, str(script)], stdin=pipe, stdout=pipe, text=True)
+        self.process = subprocess.Popen(
+            [python, str(script)], stdin=pipe, stdout=pipe, text=True, env=MEMORY | os.environ
+        )
 
     def ask(self, op: str, **arguments) -> dict:
         """Send one request and wait for the answer."""
