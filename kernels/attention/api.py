@@ -1,17 +1,14 @@
 """attention(): one call, several implementations, chosen by platform and shape."""
 
-import logging
-
 from jaxtyping import Array, Float
 
+from kernels import dispatch
 from kernels.attention import ref, xla
 from kernels.attention.mask import MaskSpec
-from kernels.errors import NotSupported
 
 IMPLEMENTATIONS = {"ref": ref.attention, "xla": xla.attention}
 # Tried in this order by impl="auto"; the last one takes everything.
 AUTO = ("xla",)
-_logged: set[str] = set()
 
 
 def attention(
@@ -31,23 +28,5 @@ def attention(
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {q.shape[2]} query heads do not divide into {k.shape[2]}")
     options = dict(scale=q.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap)
-    if impl != "auto":
-        if impl not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"attention: impl={impl!r}, allowed: auto, {', '.join(IMPLEMENTATIONS)}"
-            )
-        return IMPLEMENTATIONS[impl](q, k, v, mask, **options)
-    for name in AUTO:
-        try:
-            out = IMPLEMENTATIONS[name](q, k, v, mask, **options)
-        except NotSupported:
-            continue
-        _log_once(name)
-        return out
-    raise NotSupported(f"attention: none of {AUTO} takes q {q.shape}, k {k.shape}")
-
-
-def _log_once(name):
-    if name not in _logged:
-        _logged.add(name)
-        logging.info("attention: impl=auto takes %s", name)
+    run, _ = dispatch.choose("attention", impl, IMPLEMENTATIONS, AUTO)
+    return run(q, k, v, mask, **options)

@@ -1,0 +1,84 @@
+"""mlstm() and mlstm_step(): one call, several implementations, chosen by platform and shape."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels import dispatch
+from kernels.mlstm import ref, xla
+from kernels.mlstm.ref import EPS, State, empty_state
+
+IMPLEMENTATIONS = {"ref": ref.mlstm, "xla": xla.mlstm}
+STEPS = {"ref": ref.step, "xla": ref.step}  # XLA fuses the definition into one pass over C
+# Tried in this order by impl="auto"; the last one takes everything.
+AUTO = ("xla",)
+
+
+def mlstm(
+    q: Float[Array, "b h t k"],
+    k: Float[Array, "b h t k"],
+    v: Float[Array, "b h t v"],
+    i: Float[Array, "b h t"],
+    f: Float[Array, "b h t"],
+    *,
+    state: State | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    state_segment: Int[Array, "b"] | None = None,
+    chunk: int | None = None,
+    official_backward: bool = False,
+    eps: float = EPS,
+    impl: str = "auto",
+) -> tuple[Float[Array, "b h t v"], State]:
+    """h and the last state; i, f are pre-activations after any cap, q is scaled inside.
+
+    segment_ids: documents packed in a row; where the id changes the state starts afresh, exactly.
+    `state` continues the document `state_segment`, by default that of the first token.
+    Masked tokens: i = -1e30 and f = 1e30 leave the state untouched, exactly.
+    chunk, official_backward: of the chunked implementations; see kernels/mlstm/xla.py.
+    """
+    _check(q, k, v, i, f)
+    rows, heads, _, width = q.shape
+    if state is None:
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        state = empty_state(rows, heads, width, v.shape[-1], dtype)
+    state = State(*state)
+    documents = None if segment_ids is None else _documents(segment_ids, state_segment)
+    run, name = dispatch.choose("mlstm", impl, IMPLEMENTATIONS, AUTO)
+    if name == "ref":
+        if official_backward:
+            raise ValueError("mlstm: impl='ref' has no official_backward")
+        return run(q, k, v, i, f, state, documents, eps=eps)
+    options = dict(eps=eps, chunk=chunk, official_backward=official_backward)
+    return run(q, k, v, i, f, state, documents, **options)
+
+
+def mlstm_step(
+    q: Float[Array, "b h k"],
+    k: Float[Array, "b h k"],
+    v: Float[Array, "b h v"],
+    i: Float[Array, "b h"],
+    f: Float[Array, "b h"],
+    state: State,
+    *,
+    eps: float = EPS,
+    impl: str = "auto",
+) -> tuple[Float[Array, "b h v"], State]:
+    """One token of decoding: each state is read and written once."""
+    run, _ = dispatch.choose("mlstm_step", impl, STEPS, AUTO)
+    return run(q, k, v, i, f, State(*state), eps=eps)
+
+
+def _documents(segment_ids, state_segment):
+    """Documents counted along each row from the state's, which is 0: ids may come back."""
+    before = segment_ids[:, 0] if state_segment is None else state_segment
+    changes = jnp.diff(segment_ids, axis=1, prepend=before[:, None]) != 0
+    return jnp.cumsum(changes, axis=1, dtype=jnp.int32)
+
+
+def _check(q, k, v, i, f):
+    if q.shape != k.shape or q.shape[:3] != v.shape[:3] or not i.shape == f.shape == q.shape[:3]:
+        shapes = ", ".join(f"{n} {x.shape}" for n, x in zip("qkvif", (q, k, v, i, f)))
+        raise ValueError(
+            f"mlstm takes q, k [B,H,T,K], v [B,H,T,V], i, f [B,H,T] with T > 0, not {shapes}"
+        )
+    if not q.shape[2]:
+        raise ValueError("mlstm: a row needs at least one token")

@@ -1,0 +1,274 @@
+"""mLSTM: golden values of the specification, chunks against the recurrence, documents, states."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.mlstm import State, empty_state, mlstm, mlstm_step
+
+# (B, H, T, K, V, chunk): one token, odd lengths, chunks that do not divide them, K = 1 and 130.
+SHAPES = [
+    (1, 1, 1, 4, 4, 4),
+    (2, 3, 37, 8, 12, 16),
+    (1, 2, 20, 1, 5, 7),
+    (1, 1, 19, 130, 3, 64),
+]
+NAMES = ("q", "k", "v", "i", "f")
+
+
+def fill(c, *shape):
+    """sin(c + 1.3 b + 0.7 h + 0.31 t + 0.17 j), as section 2.6 of the specification."""
+    steps = (1.3, 0.7, 0.31, 0.17)
+    return jnp.asarray(np.sin(c + sum(s * x for s, x in zip(steps, np.indices(shape)))))
+
+
+def tensors(shape, dtype=jnp.float32, seed=0):
+    b, h, t, k, v, _ = shape
+    keys = jax.random.split(jax.random.key(seed), 5)
+    sizes = [(b, h, t, k), (b, h, t, k), (b, h, t, v), (b, h, t), (b, h, t)]
+    q, key, value, i, f = (jax.random.normal(k, s) for k, s in zip(keys, sizes))
+    return [x.astype(dtype) for x in (q, key, value)] + [2 * i, 3 + 2 * f]
+
+
+def some_state(shape, dtype=jnp.float32, seed=7):
+    b, h, _, k, v, _ = shape
+    keys = jax.random.split(jax.random.key(seed), 3)
+    sizes = [(b, h, k, v), (b, h, k), (b, h)]
+    return State(*(jax.random.normal(key, s).astype(dtype) for key, s in zip(keys, sizes)))
+
+
+def ids(shape, seed=3):
+    """Documents of random lengths; ids come back, which does not join them."""
+    b, t = shape[0], shape[2]
+    changes = np.random.default_rng(seed).random((b, t)) < 0.15
+    return jnp.asarray(np.cumsum(changes, 1) % 2, jnp.int32)
+
+
+def close(got, want, tolerance):
+    got, want = (np.asarray(x, np.float64) for x in (got, want))
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(np.abs(want).max(), 1e-6))
+
+
+def close_state(got, want, tolerance):
+    """Equal up to the gauge m."""
+    shift = jnp.exp(got.m - want.m)
+    close(got.C * shift[..., None, None], want.C, tolerance)
+    close(got.n * shift[..., None], want.n, tolerance)
+
+
+def objective(inputs, state, cotangent, **options):
+    """A number that every output takes part in; it depends on the state, not on its gauge."""
+    h, last = mlstm(*inputs, state=state, **options)
+    scale = jnp.exp(last.m)
+    weights = (jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for x in last[:2])
+    C, n = last.C * scale[..., None, None], last.n * scale[..., None]
+    return (h * cotangent).sum() + 0.01 * sum((w * x).sum() for w, x in zip(weights, (C, n)))
+
+
+@pytest.mark.parametrize("options", [dict(impl="ref"), dict(chunk=3), dict(chunk=8)])
+def test_golden_values(options):
+    """Section 2.6: sums of outputs, states and gradients in float64."""
+    with jax.enable_x64(True):
+        shape = (1, 2, 8, 4, 6)
+        q, k, v = (fill(c, 1, 2, 8, n) for c, n in ((0.1, 4), (0.2, 4), (0.3, 6)))
+        i, f = 2 * fill(0.4, *shape[:3]), 3 + 2 * fill(0.5, *shape[:3])
+        cotangent = fill(0.6, 1, 2, 8, 6)
+
+        def loss(*inputs):
+            h, last = mlstm(*inputs, **options)
+            return (h * cotangent).sum(), (h, last)
+
+        run = jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)
+        (value, (h, last)), grads = run(q, k, v, i, f)
+        row = [-0.96115549, -0.97242261, -0.95565434, -0.91133410, -0.84073968, -0.74590634]
+        np.testing.assert_allclose(h.sum(), 69.2919970888, rtol=1e-11)
+        np.testing.assert_allclose(jnp.abs(h).sum(), 80.0664222253, rtol=1e-11)
+        np.testing.assert_allclose(h[0, 1, 7], row, atol=5e-9)
+        np.testing.assert_allclose(last.C.sum(), 159.6330061422, rtol=1e-11)
+        np.testing.assert_allclose(last.n.sum(), 33.4486304159, rtol=1e-11)
+        np.testing.assert_allclose(last.m[0], [1.95484208, 1.81532348], atol=5e-9)
+        np.testing.assert_allclose(value, 43.4933765504, rtol=1e-11)
+        sums = dict(q=12.39448076, k=3.07188221, v=48.44529518, i=2.55940970, f=-0.05343313)
+        sizes = dict(q=13.50605188, k=8.63493379, v=50.34662800, i=3.51090401, f=0.05343313)
+        for name, grad in zip(NAMES, grads):
+            # eps = 1e-6 is not gauge-free, and the written gradient takes the gauge as constant.
+            exact = options.get("impl") == "ref" or name in "qkv"
+            tolerance = 5e-9 if exact else 3e-5
+            np.testing.assert_allclose(grad.sum(), sums[name], atol=tolerance)
+            np.testing.assert_allclose(jnp.abs(grad).sum(), sizes[name], atol=tolerance)
+
+
+def test_golden_values_of_the_official_backward():
+    """The authors' kernels on the same data: a constant denominator, one sum for the gates."""
+    with jax.enable_x64(True):
+        q, k, v = (fill(c, 1, 2, 8, n) for c, n in ((0.1, 4), (0.2, 4), (0.3, 6)))
+        i, f = 2 * fill(0.4, 1, 2, 8), 3 + 2 * fill(0.5, 1, 2, 8)
+
+        def loss(*inputs):
+            h, _ = mlstm(*inputs, chunk=3, official_backward=True)
+            return (h * fill(0.6, 1, 2, 8, 6)).sum()
+
+        grads = jax.grad(loss, argnums=(0, 1, 2, 3, 4))(q, k, v, i, f)
+        for grad, want in zip(grads, (0.782999, 53.351940, 48.445295, 43.493377, 0.619928)):
+            np.testing.assert_allclose(grad.sum(), want, atol=5e-7)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_check_1_xla_equals_ref(shape, documents):
+    segments = ids(shape) if documents else None
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(inputs, state, impl):
+        options = dict(segment_ids=segments, chunk=shape[-1])
+        return mlstm(*inputs, state=state, **options, impl=impl)
+
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)):
+        inputs, state = tensors(shape, dtype), some_state(shape)
+        if dtype == jnp.bfloat16:
+            # Of one sign: where positive and negative scores cancel in the denominator, h magnifies
+            # the rounding of the scores at will.
+            inputs[:2], state = [jnp.abs(x) for x in inputs[:2]], State(*map(jnp.abs, state))
+        h, last = run(inputs, state, "xla")
+        want, want_last = run([x.astype(jnp.float32) for x in inputs], state, "ref")
+        assert h.dtype == dtype and last.C.dtype == jnp.float32
+        close(h, want, tolerance)
+        close_state(last, want_last, tolerance)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_check_3_gradients_equal_autodiff_of_ref(shape, documents):
+    """float64, eps = 0: through inputs, the first and the last state, to 1e-11."""
+    with jax.enable_x64(True):
+        f64 = lambda xs: [x.astype(jnp.float64) for x in xs]  # noqa: E731
+        inputs, state = f64(tensors(shape)), State(*f64(some_state(shape)))
+        cotangent = jax.random.normal(jax.random.key(9), inputs[2].shape, jnp.float64)
+        options = dict(segment_ids=ids(shape) if documents else None, eps=0.0, chunk=shape[-1])
+
+        def gradient(impl):
+            def total(inputs, C, n):
+                last = State(C, n, state.m)
+                return objective(inputs, last, cotangent, **options, impl=impl)
+
+            return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(inputs, state.C, state.n)
+
+        grads = gradient("xla"), gradient("ref")
+        for got, want in zip(*map(jax.tree.leaves, grads)):
+            close(got, want, 1e-11)
+
+
+def test_check_3_float32_gradients():
+    shape = SHAPES[1]
+    inputs, state = tensors(shape), some_state(shape)
+    cotangent = jax.random.normal(jax.random.key(9), inputs[2].shape)
+    grads = [
+        jax.grad(objective)(inputs, state, cotangent, impl=impl, chunk=16)
+        for impl in ("xla", "ref")
+    ]
+    for got, want in zip(*grads):
+        close(got, want, 2e-4)
+
+
+@pytest.mark.parametrize("cut", [1, 16, 20])
+def test_check_4_two_calls_equal_one_and_steps(cut):
+    with jax.enable_x64(True):
+        shape = SHAPES[1]
+        inputs = [x.astype(jnp.float64) for x in tensors(shape)]
+        whole, last = mlstm(*inputs, chunk=16)
+        first, state = mlstm(*(x[:, :, :cut] for x in inputs), chunk=16)
+        second, end = mlstm(*(x[:, :, cut:] for x in inputs), state=state, chunk=16)
+        close(jnp.concatenate([first, second], 2), whole, 1e-12)
+        close_state(end, last, 1e-12)
+        for t in range(cut, shape[2]):
+            h, state = mlstm_step(*(x[:, :, t] for x in inputs), state)
+            close(h, whole[:, :, t], 1e-12)
+        close_state(state, last, 1e-12)
+
+
+def test_packed_documents_equal_separate_ones():
+    """Values and gradients at eps = 0, boundaries inside chunks, an open input gate before one."""
+    with jax.enable_x64(True):
+        shape = (1, 2, 37, 8, 12, 16)
+        inputs = [x.astype(jnp.float64) for x in tensors(shape)]
+        inputs[3] = inputs[3].at[:, :, 12].set(15.0)
+        ends, options = (0, 13, 14, 30, 37), dict(chunk=16, eps=0.0)
+        numbers = jnp.asarray(np.repeat(np.arange(4), np.diff(ends)))[None]
+        cotangent = jax.random.normal(jax.random.key(9), inputs[2].shape, jnp.float64)
+
+        def packed(inputs):
+            h, _ = mlstm(*inputs, segment_ids=numbers, **options)
+            return (h * cotangent).sum(), h
+
+        def separate(inputs):
+            parts = [
+                mlstm(*(x[:, :, a:b] for x in inputs), **options)[0] for a, b in zip(ends, ends[1:])
+            ]
+            h = jnp.concatenate(parts, 2)
+            return (h * cotangent).sum(), h
+
+        (got, h), (want, each) = (jax.grad(f, has_aux=True)(inputs) for f in (packed, separate))
+        close(h, each, 1e-13)
+        for a, b in zip(got, want):
+            close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("impl", ["ref", "xla"])
+def test_masked_tokens_leave_the_state_alone(impl):
+    """Ragged rows: right padding with closed gates gives the short row's state, exactly."""
+    shape = SHAPES[1]
+    inputs, state = tensors(shape), some_state(shape)
+    i, f = inputs[3].at[:, :, 20:].set(-1e30), inputs[4].at[:, :, 20:].set(1e30)
+    _, got = mlstm(*inputs[:3], i, f, state=state, impl=impl, chunk=16)
+    _, want = mlstm(*(x[:, :, :20] for x in inputs), state=state, impl=impl, chunk=16)
+    close_state(got, want, 1e-6)
+
+
+def test_the_states_document():
+    """A state of another document is not read; by default it is the first token's."""
+    shape = SHAPES[1]
+    inputs, state, numbers = tensors(shape), some_state(shape), jnp.full((2, 37), 5)
+    options = dict(segment_ids=numbers, chunk=16)
+    fresh, _ = mlstm(*inputs, state=state, state_segment=jnp.array([5, 4]), **options)
+    goes_on, _ = mlstm(*inputs, state=state, **options)
+    empty, _ = mlstm(*inputs, state=empty_state(2, 3, 8, 12), chunk=16)
+    close(fresh[0], goes_on[0], 1e-6)
+    close(fresh[1], empty[1], 1e-3)  # up to the gauge inside eps
+    assert np.abs(goes_on[1] - empty[1]).max() > 1e-2
+
+
+def test_check_5_vmap_equals_a_loop():
+    shape = SHAPES[1]
+    pairs = [jnp.stack(x) for x in zip(tensors(shape), tensors(shape, seed=5))]
+    got, _ = jax.vmap(lambda *x: mlstm(*x, chunk=16))(*pairs)
+    for n in range(2):
+        close(got[n], mlstm(*(x[n] for x in pairs), chunk=16)[0], 1e-6)
+
+
+def test_memory_of_the_gradient_is_flat_in_scores():
+    """Four times the tokens: at most about four times the temporaries, no T x T array."""
+
+    def temporaries(length):
+        x = [jax.ShapeDtypeStruct((1, 2, length, n), jnp.float32) for n in (16, 16, 16)]
+        gates = [jax.ShapeDtypeStruct((1, 2, length), jnp.float32)] * 2
+        grad = jax.grad(lambda *a: mlstm(*a, chunk=64)[0].sum(), argnums=(0, 1, 2, 3, 4))
+        return jax.jit(grad).lower(*x, *gates).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(1024), temporaries(4096)
+    assert long < 5 * short and long < 2 * 4096 * 4096
+
+
+def test_mistakes_are_named():
+    inputs = tensors(SHAPES[1])
+    with pytest.raises(ValueError, match="impl='cuda', allowed: auto, ref, xla"):
+        mlstm(*inputs, impl="cuda")
+    with pytest.raises(ValueError, match=r"mlstm takes q, k \[B,H,T,K\]"):
+        mlstm(*inputs[:4], inputs[4][:, :, :-1])
+    with pytest.raises(ValueError, match="no official_backward"):
+        mlstm(*inputs, impl="ref", official_backward=True)
+    with pytest.raises(ValueError, match="at least one token"):
+        mlstm(*(x[:, :, :0] for x in inputs))
