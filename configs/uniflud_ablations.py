@@ -3,12 +3,13 @@
     python main.py --config=configs/uniflud_ablations.py:lam
 
 Aims at the paper's figures on the loss weight and on token order (arXiv 2503.13436; Fluid, arXiv
-2410.13863). Each run is the default of configs/uniflud.py with fewer steps; a killed command
-continues where it was. Leaves report.md, report.json and report.png in the workdir.
+2410.13863). Each run is the default of configs/uniflud.py with fewer steps, four minutes on two CPU
+cores; a killed command continues where it was. Leaves report.md, report.json and report.png in the
+workdir.
 
 | variant | compares | expected sign |
 | --- | --- | --- |
-| (none), lam | seven loss weights of the text term | larger: text better, pictures worse |
+| (none), lam | five loss weights of the text term | larger: text better, pictures worse |
 | order | random order, raster, random without P_next | random draws best, without P_next worst |
 | joint | pictures only, text only, both | small weights of text do not hurt pictures |
 | seeds | nothing: the default run itself, in full, with three seeds | its spread |

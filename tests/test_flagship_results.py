@@ -61,6 +61,37 @@ def test_check_8_log_starts_as_this_code_starts(tmp_path):
         assert again[key] == pytest.approx(first[key], rel=1e-3), key
 
 
+def table(name: str) -> dict[str, dict[str, list[float]]]:
+    """{run: {metric: value of each seed}} of a committed ablation."""
+    groups = json.loads((RESULTS / f"{name}.json").read_text())["groups"]
+    return {run: {k: v["values"] for k, v in found.items()} for run, found in groups.items()}
+
+
+def test_check_9_signs_of_the_loss_weight():
+    """(a) A larger weight: better captions, worse pictures, beyond the spread of three seeds."""
+    runs = table("lam")
+    small, large = runs["lam=0.005"], runs["lam=2.0"]
+    assert len(small["losses/train_mse"]) == len(large["losses/train_mse"]) == 3
+    assert max(large["captioning/train_loss"]) < min(small["captioning/train_loss"])
+    for space in ("latent", "classifier"):
+        key = f"retrieval/train_top1_{space}"
+        assert max(large[key]) < min(small[key])
+    assert max(small["losses/train_mse"]) < min(large["losses/train_mse"])
+
+
+def test_check_9_signs_of_the_order():
+    """(c) Random order draws better than raster, whose loss on training data is lower;
+    (g) without P_next random order draws nothing."""
+    runs = table("order")
+    random, raster, blind = (runs[k] for k in ("random", "raster", "random without P_next"))
+    for space in ("latent", "classifier"):
+        key = f"retrieval/train_top1_{space}"
+        assert len(random[key]) == 3
+        assert min(random[key]) > max(raster[key] + blind[key])
+    assert max(raster["losses/train_mse"]) < min(random["losses/train_mse"])
+    assert max(random["losses/train_mse"]) < min(blind["losses/train_mse"])
+
+
 @pytest.mark.slow
 def test_check_8_default_run(tmp_path):
     """About nine minutes on two cores; log: docs/results/uniflud/default-seed1.metrics.jsonl."""
