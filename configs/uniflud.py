@@ -8,7 +8,7 @@ Data: OpenMoji glyphs with their CLDR names in 14 languages and scenes composed 
 | variant | trains | where, how long |
 | --- | --- | --- |
 | (none) | some glyphs and scenes, 32 px in 16 tokens, 3 M parameters | 2 CPU cores, 9 minutes |
-| debug | the same with a tiny model, a few steps | 2 minutes at first, then less |
+| debug | the same with a tiny model, a few steps | a minute at first, then less |
 | full | all glyphs and scenes, 64 px in 64 tokens | CPU hours, GPU minutes |
 | edit | edits of composed scenes, from the weights of the default run | minutes |
 | 0.7b, 2b | the paper's sizes, 256 px, your own pictures (config.data.path) | TPU or GPU pods |
@@ -109,7 +109,8 @@ def _debug(config):
     config.evals = tuple(e for e in EVALS if e != "gradients")  # compiles longer than all others
     config.data.update(categories=("food",), scenes=200, vocab_size=1024)
     config.checkpoint.every = 10
-    config.evaluation.update(captions=16, questions=16, prompts=16, sheet=8, pictures=64)
+    config.evaluation.update(captions=16, questions=16, prompts=16, sheet=8, pictures=64, batch=16)
+    config.evaluation.draw_batch = len(SAMPLE["prompts"])  # one sampler to compile for both
 
 
 def _full(config):
