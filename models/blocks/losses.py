@@ -91,8 +91,8 @@ def _slices(vocabulary, chunk):
     return next((n for n in range(least, 2 * least) if vocabulary % n == 0), least)
 
 
-def _split(table, count):
-    """Table as [count, rows, D] and the vocabulary id of each row, [count, rows].
+def _view(table, count):
+    """Table as [rows, count, D] without a copy where count divides it; slice i is [:, i].
 
     Slice i holds every count-th row, so that a vocabulary split over devices stays split in it.
     """
@@ -100,8 +100,13 @@ def _split(table, count):
     rows = -(-vocabulary // count)
     table = constrain(table, "act_vocab", None)  # gather the other axis once, before the loop
     table = jnp.pad(table, ((0, rows * count - vocabulary), (0, 0)))
-    ids = jnp.arange(rows)[None, :] * count + jnp.arange(count)[:, None]
-    return jnp.swapaxes(table.reshape(rows, count, width), 0, 1), ids
+    return table.reshape(rows, count, width)
+
+
+def _slice(view, i):
+    """Slice i, [rows, D], and the vocabulary id of each of its rows."""
+    rows, count, _ = view.shape
+    return jax.lax.dynamic_index_in_dim(view, i, 1, keepdims=False), jnp.arange(rows) * count + i
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -111,11 +116,11 @@ def _sliced_nll(hidden, table, targets, softcap, count):
 
 def _sliced_forward(hidden, table, targets, softcap, count):
     """Running maximum, sum of exponentials and target score over the slices."""
-    vocabulary = table.shape[0]
+    vocabulary, view = table.shape[0], _view(table, count)
 
-    def step(carry, part):
+    def step(carry, i):
         top, total, picked = carry
-        rows, ids = part
+        rows, ids = _slice(view, i)
         scores = jnp.where(ids < vocabulary, _scores(hidden, rows, softcap), MASKED)
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
         total = total * jnp.exp(top - higher) + jnp.sum(jnp.exp(scores - higher[:, None]), axis=1)
@@ -123,9 +128,7 @@ def _sliced_forward(hidden, table, targets, softcap, count):
         return (higher, total, picked), None
 
     zeros = jnp.zeros(hidden.shape[:1], jnp.float32)
-    (top, total, picked), _ = jax.lax.scan(
-        step, (zeros + MASKED, zeros, zeros), _split(table, count)
-    )
+    (top, total, picked), _ = jax.lax.scan(step, (zeros + MASKED, zeros, zeros), jnp.arange(count))
     logsumexp = top + jnp.log(total)
     out = logsumexp - picked, (picked >= top).astype(jnp.float32)
     return out, (hidden, table, targets, logsumexp)
@@ -136,9 +139,11 @@ def _sliced_backward(softcap, count, saved, cotangents):
     hidden, table, targets, logsumexp = saved
     vocabulary, width = table.shape
     scale = cotangents[0].astype(jnp.float32)[:, None]
+    view = _view(table, count)
 
-    def step(d_hidden, part):
-        rows, ids = part
+    def step(carry, i):
+        d_hidden, d_view = carry
+        rows, ids = _slice(view, i)
         scores = _scores(hidden, rows, softcap)
         grad = jnp.exp(scores - logsumexp[:, None]) - (ids == targets[:, None])
         if softcap:
@@ -146,11 +151,12 @@ def _sliced_backward(softcap, count, saved, cotangents):
         grad = jnp.where(ids < vocabulary, grad * scale, 0.0).astype(hidden.dtype)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         d_hidden += product("nv,vd->nd", grad, rows.astype(hidden.dtype))
-        return d_hidden, product("nv,nd->vd", grad, hidden)
+        d_rows = product("nv,nd->vd", grad, hidden)
+        return (d_hidden, jax.lax.dynamic_update_index_in_dim(d_view, d_rows, i, 1)), None
 
-    start = jnp.zeros(hidden.shape, jnp.float32)
-    d_hidden, d_rows = jax.lax.scan(step, start, _split(table, count))
-    d_table = jnp.swapaxes(d_rows, 0, 1).reshape(-1, width)[:vocabulary]
+    start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(view.shape, jnp.float32)
+    (d_hidden, d_view), _ = jax.lax.scan(step, start, jnp.arange(count))
+    d_table = d_view.reshape(-1, width)[:vocabulary]
     return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), None
 
 
