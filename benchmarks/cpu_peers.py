@@ -20,13 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from training import platform
+
 ATTENTION = ("eager", "sdpa")
-# What training.platform tells the C library on our side, told on torch's side too.
-MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "2147483647",
-    "MALLOC_ARENA_MAX": "1",
-}
 
 
 class Torch:
@@ -35,8 +31,10 @@ class Torch:
     def __init__(self, python: str):
         script = Path(__file__).with_name("torch_peer.py")
         pipe = subprocess.PIPE
+        # What training.platform tells the C library on our side is told on torch's side too.
+        env = {name: str(value) for name, (_, value) in platform.MALLOC.items()} | os.environ
         self.process = subprocess.Popen(
-            [python, str(script)], stdin=pipe, stdout=pipe, text=True, env=MEMORY | os.environ
+            [python, str(script)], stdin=pipe, stdout=pipe, text=True, env=env
         )
 
     def ask(self, op: str, **arguments) -> dict:

@@ -5,19 +5,27 @@ part "mse" (the mean over tokens, noise levels and repeats) is what Fluid calls 
 (arXiv 2410.13863, section 4.1).
 """
 
+import functools
+
 import jax
 import numpy as np
 
 from eval import common, data
 
 
-def mean_metrics(model, params, batches, rng, *, step: int) -> dict[str, float]:
-    """Mean over the batches of every metric that model.loss reports."""
+@functools.lru_cache(maxsize=4)
+def _compiled(loss, norms):
+    """Jitted metrics of the loss; the same object at every evaluation."""
 
     def metrics(params, batch, rng, step):
-        return model.loss(params, {}, batch, rng, step=step, norms=model.norms(batch))[1][0]
+        return loss(params, {}, batch, rng, step=step, norms=norms(batch))[1][0]
 
-    compiled = jax.jit(metrics)
+    return jax.jit(metrics)
+
+
+def mean_metrics(model, params, batches, rng, *, step: int) -> dict[str, float]:
+    """Mean over the batches of every metric that model.loss reports."""
+    compiled = _compiled(model.loss, model.norms)
     found = [jax.tree.map(common.to_host, compiled(params, b, rng, step)) for b in batches]
     return {k: float(np.mean([f[k] for f in found])) for k in found[0]}
 

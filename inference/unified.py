@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from inference import beam
+from inference.beam import EOS, PAD
 from inference.diffusion import guidance_weights, sample_head
-
-EOS, PAD = 1, 0
 
 
 class Pictures(NamedTuple):

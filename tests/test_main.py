@@ -177,6 +177,30 @@ def test_quiet_on_a_machine_without_accelerator(tmp_path):
     assert "1 cpu device(s)" in done.stdout and "finished: 2 steps" in done.stdout
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc")
+def test_freed_memory_is_used_again():
+    """64 MB freed and asked for again faults in no page by page, as it does without the setting."""
+    code = """
+import resource, numpy, sys
+from training import platform
+if sys.argv[1] == "kept":
+    platform._keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+numpy.ones(2**23)
+before = faults()
+for _ in range(8):
+    numpy.ones(2**23)
+print(faults() - before)
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", code, how], env=env, cwd=ROOT, check=True,
+                           capture_output=True, text=True).stdout)
+        for how in ("kept", "plain")
+    )  # fmt: skip
+    assert kept < 100 and given_back > 10 * (kept + 1)
+
+
 def test_platform_is_chosen_by_device_files(monkeypatch, tmp_path):
     for name in ("JAX_PLATFORMS", "TPU_WORKER_HOSTNAMES", "XLA_FLAGS"):
         monkeypatch.delenv(name, raising=False)

@@ -12,6 +12,12 @@ AMD = ("/dev/kfd",)
 # Seen on jax 0.12.0: with several virtual CPU devices, executables read back from the compile cache
 # start their collectives in a different order on each device and wait for each other for ever.
 SAFE_COLLECTIVES = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+# glibc's settings for one arena that keeps what is freed: variable -> (number in <malloc.h>, value)
+MALLOC = {
+    "MALLOC_MMAP_MAX_": (-4, 0),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+    "MALLOC_ARENA_MAX": (-8, 1),
+}
 TPU = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 
 
@@ -59,10 +65,8 @@ def _keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # another C library
         return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # <malloc.h>
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(arena_max, 1)
+    for number, value in MALLOC.values():
+        mallopt(number, value)
 
 
 def join_hosts() -> None:

@@ -50,6 +50,7 @@ def test_matches_published(head, golden, key, guidance, temperature, clip):
             noise=noise,
         )
     )(Z if guided else Z[:1], NOISE)
+    assert got.shape == golden[key].shape
     recipes.close(got, golden[key], 1e-4)
 
 

@@ -97,6 +97,8 @@ def test_processes_share_the_same_global_batch(make_config, take, count):
     for step, batch in enumerate(whole):
         joined = {k: np.concatenate([p[step][k] for p in parts]) for k in batch}
         equal(joined, batch)
+        first, second = parts[0][step], parts[1][step]
+        assert any((first[k] != second[k]).any() for k in batch)  # each reads its own share
 
 
 def test_processes_that_cannot_share_are_explained(make_config):
@@ -122,6 +124,7 @@ def test_state_moves_between_process_counts(make_config):
     alone = iter(build(config).dataset)
     alone.set_state(state)
     expected = [next(first) for _ in range(2)]
+    assert any((expected[0][k] != expected[1][k]).any() for k in expected[0])
     for want in expected:
         got = next(alone)
         equal({k: v[: len(want[k])] for k, v in got.items()}, want)

@@ -213,6 +213,7 @@ def test_packed_documents_equal_separate_ones():
 
         (got, h), (want, each) = (jax.grad(f, has_aux=True)(inputs) for f in (packed, separate))
         close(h, each, 1e-13)
+        assert np.abs(mlstm(*inputs, **options)[0] - each).max() > 1e-2  # the resets matter
         for a, b in zip(got, want):
             close(a, b, 1e-12)
 
@@ -226,6 +227,8 @@ def test_masked_tokens_leave_the_state_alone(impl):
     _, got = mlstm(*inputs[:3], i, f, state=state, impl=impl, chunk=16)
     _, want = mlstm(*(x[:, :, :20] for x in inputs), state=state, impl=impl, chunk=16)
     close_state(got, want, 1e-6)
+    _, written = mlstm(*inputs, state=state, impl=impl, chunk=16)
+    assert np.abs(written.n - want.n).max() > 1e-2
 
 
 def test_the_states_document():
