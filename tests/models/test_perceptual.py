@@ -85,5 +85,5 @@ def test_unknown_network_is_named():
 
 def test_absent_package_is_named(monkeypatch):
     monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install 'uniflud\\[eval\\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[eval\]'"):
         perceptual.load("vgg16")
