@@ -31,6 +31,7 @@ def data_config(**overrides) -> ml_collections.ConfigDict:
             vocab_size=4096,
             prompt_length=32,  # tokens, BOS included
             text_length=48,  # tokens of question, answer and the three marks
+            questions=1,  # most questions with answers packed into a row about one picture
             mix=dict(t2i=2.0, caption=1.0, vqa=1.0),  # weights of the tasks in a batch
             latents="",  # weights of a VAE: gen_moments instead of gen_image
             flip=False,  # mirror pictures at random (images only)

@@ -21,6 +21,7 @@ MODEL = dict(
     anneal=(0, 1),
     order_pos="next+self",
     prompt_bidirectional=True,
+    picture_alone=False,  # True: pictures do not see questions, so that rows can hold several
     cfg_drop=0.1,
     cfg_null="empty",
     diffusion_mul=4,

@@ -49,7 +49,8 @@ def compiled(functions, max_new: int, beams: int, alpha: float):
         x, valid = predict["understanding_prefix"](params, images, tokens, lengths)
         rows = x.shape[0]
         cache = predict["init_cache"](rows, x.shape[1] + max_new)
-        hidden, begin, cache = predict["prefill"](params, x, valid, cache)
+        picture = x.shape[1] - tokens.shape[1]
+        hidden, begin, cache = predict["prefill"](params, x, valid, cache, picture)
         hidden, begin = (jnp.repeat(a, beams, axis=0) for a in (hidden, begin))
         cache = jax.tree.map(lambda a: jnp.repeat(a, beams, axis=1), cache)  # rows on axis 1
         # One hypothesis per row at first, or all beams would hold the same one.

@@ -180,7 +180,8 @@ def _compiled_text(functions, max_new):
         x, valid = predict["understanding_prefix"](params, images, tokens, lengths)
         rows = x.shape[0]
         cache = predict["init_cache"](rows, x.shape[1] + max_new)
-        last, begin, cache = predict["prefill"](params, x, valid, cache)
+        picture = x.shape[1] - tokens.shape[1]
+        last, begin, cache = predict["prefill"](params, x, valid, cache, picture)
 
         def pick(hidden, k):
             logits = predict["to_logits"](params, hidden)

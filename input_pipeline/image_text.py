@@ -3,7 +3,9 @@
 Generation rows: gen_tokens int32 [Bg, P], gen_length int32 [Bg] and gen_image uint8 [Bg, H, W, 3]
 or gen_moments float32 [Bg, h, w, 2z]. Understanding rows: und_image uint8 [Bu, S, S, 3],
 und_tokens int32 [Bu, T], und_prefix and und_length int32 [Bu]; caption rows come before question
-rows. With config.data.edit the prompt is an instruction, and gen_source_image uint8 [Bg, S, S, 3]
+rows. With config.data.questions > 1 a row holds as many questions with their answers about its
+picture as fit, at most that many: captions in several languages, or a scene's questions and its
+caption; und_segments and und_prefix are then int32 [Bu, T] (input_pipeline/layout.py). With config.data.edit the prompt is an instruction, and gen_source_image uint8 [Bg, S, S, 3]
 (and gen_source_moments beside gen_moments) is the picture to change.
 """
 
@@ -66,6 +68,13 @@ class _Texts:
         return row
 
 
+    def packed(self, asked: list[tuple[str, str]], rng: np.random.Generator) -> layout.Packed:
+        """Up to data.questions of the (question, answer) pairs, in random order, in one row."""
+        chosen = [asked[i] for i in rng.permutation(len(asked))[: self._data.questions]]
+        rows = [self.answered(*pair) for pair in chosen]
+        return layout.pack(rows, self._data.text_length, self._tokenizer.pad)
+
+
 def _pick(choices, u: float):
     return choices[int(u * len(choices))]
 
@@ -124,7 +133,7 @@ def _understanding(data, split: str, texts: _Texts, counts: dict[str, int]):
     where, pairs = _captioned(named, tuple(data.langs))
     asked = np.array([i for i, e in enumerate(found.items) if e.questions], np.int64)
 
-    def make(captions: np.ndarray, questions: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
+    def one_each(captions: np.ndarray, questions: np.ndarray, u: np.ndarray):
         got = []
         for i, x in zip(captions, u):
             lang, caption = _pick_caption(pairs[i], x, data)
@@ -132,15 +141,29 @@ def _understanding(data, split: str, texts: _Texts, counts: dict[str, int]):
         for i, x in zip(questions, u[len(captions) :]):
             chosen = _pick(found.items[asked[i]].questions, x)
             got.append(texts.answered(chosen.question, chosen.answer))
-        tokens, prefix, length = _stack(got, "tokens", "prefix", "length")
+        return zip(("tokens", "prefix", "length"), _stack(got, "tokens", "prefix", "length"))
+
+    def several(captions: np.ndarray, questions: np.ndarray, u: np.ndarray):
+        got = []
+        for i, x in zip(captions, u):
+            rng = np.random.default_rng(int(x * 2**53))
+            known = [(layout.caption_question(lang), text) for lang, text in pairs[i]]
+            if rng.random() < data.first_lang and pairs[i][0][0] == data.langs[0]:
+                known = known[:1] + [known[1:][k] for k in rng.permutation(len(known) - 1)]
+                known = known[: data.questions]
+            got.append(texts.packed(known, rng))
+        for i, x in zip(questions, u[len(captions) :]):
+            item = found.items[asked[i]]
+            known = [(q.question, q.answer) for q in item.questions]
+            known += [(layout.caption_question(lang), c) for lang, c in item.captions.items()]
+            got.append(texts.packed(known, np.random.default_rng(int(x * 2**53))))
+        return zip(("tokens", "prefix", "segments"), _stack(got, "tokens", "prefix", "segments"))
+
+    def make(captions: np.ndarray, questions: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
+        text = (several if data.questions > 1 else one_each)(captions, questions, u)
         wanted = ((named, where[captions]), (found, asked[questions]))
         images = np.concatenate([s.pictures.gather(i) for s, i in wanted if len(i)])
-        return {
-            "und_image": images,
-            "und_tokens": tokens,
-            "und_prefix": prefix,
-            "und_length": length,
-        }
+        return {"und_image": images} | {f"und_{name}": array for name, array in text}
 
     return len(where), len(asked), make
 

@@ -2,6 +2,8 @@
 
 prompt:   BOS caption                          (PAD to the right)
 question: BOS question "\\n" | answer EOS       (the prefix ends before the bar)
+
+Several questions about one picture may share a row, one after the other (`pack`).
 """
 
 from collections.abc import Sequence
@@ -27,6 +29,15 @@ class Answered(NamedTuple):
     prefix: int
     length: int
     truncated: bool
+
+
+class Packed(NamedTuple):
+    """Questions with their answers in one row of right-padded ids, int32 [length] each."""
+
+    tokens: np.ndarray
+    segments: np.ndarray  # 1, 2, ... of each question with its answer; 0 for padding
+    prefix: np.ndarray  # tokens of the own segment that are its question; 0 for padding
+    count: int
 
 
 def caption_question(lang: str) -> str:
@@ -70,3 +81,18 @@ def encode_answered(tokenizer: TextTokenizer, question: str, answer: str, length
     truncated = asked.truncated or len(ids) > length
     cut = ids[:length]
     return Answered(_padded(cut, length, tokenizer.pad), asked.length, len(cut), truncated)
+
+
+def pack(rows: Sequence[Answered], length: int, pad: int) -> Packed:
+    """The first row, and those after it that still fit whole, in order."""
+    tokens = np.full(length, pad, np.int32)
+    segments, prefix = np.zeros(length, np.int32), np.zeros(length, np.int32)
+    start = count = 0
+    for row in rows:
+        end = start + row.length
+        if end <= length:
+            count += 1
+            tokens[start:end] = row.tokens[: row.length]
+            segments[start:end], prefix[start:end] = count, row.prefix
+            start = end
+    return Packed(tokens, segments, prefix, count)

@@ -5,7 +5,9 @@ Generation:    [prompt] [BOI] [v_1 ... v_{N-1}]; the hidden state at BOI predict
 Understanding: [SigLIP tokens] [BOS question sep] [answer EOS], next-token cross-entropy.
 Loss:          L = L_visual + lam * L_text.
 
-Prefixes are bidirectional, everything after is causal (PaliGemma's prefix-LM). In random order a
+Prefixes are bidirectional, everything after is causal (PaliGemma's prefix-LM). With
+`picture_alone` a picture's own tokens see each other only, not the question: several questions
+about it can then share one row, each seeing the picture and itself. In random order a
 causal model must be told which position it fills next, so the input at which v_{o_{k+1}} is
 predicted carries P_next[o_{k+1}] beside its own P_self[o_k] (RAR, arXiv 2411.00776).
 No code was published; choices the paper leaves open are config fields (docs/results/uniflud.md).
@@ -50,6 +52,7 @@ class UniFluidConfig:
     anneal: tuple[int, int]  # rar_anneal: random until the first step, raster from the second
     order_pos: str
     prompt_bidirectional: bool
+    picture_alone: bool
     cfg_drop: float
     cfg_null: str
     diffusion_mul: int
@@ -226,13 +229,16 @@ def generation_prefix(net: UniFluid, params, tokens, length, *, source=None, dro
     return x, valid
 
 
-def prompt_mask(cfg: UniFluidConfig, valid: Bool[Array, "b s"]) -> MaskSpec:
-    """Mask of a right-padded prefix alone, as it is cached before generation."""
-    return MaskSpec(
-        causal=True,
-        prefix_length=valid.sum(axis=1) if cfg.prompt_bidirectional else None,
-        kv_valid=valid,
-    )
+def prompt_mask(cfg: UniFluidConfig, valid: Bool[Array, "b s"], picture: int = 0) -> MaskSpec:
+    """Mask of a right-padded prefix alone, as it is cached before generation.
+
+    picture: how many of the first tokens are a picture to understand.
+    """
+    length = valid.sum(axis=1)
+    prefix = length if cfg.prompt_bidirectional or picture else None
+    if picture and cfg.picture_alone:
+        prefix = jnp.where(jnp.arange(valid.shape[1]) < picture, picture, length[:, None])
+    return MaskSpec(causal=True, prefix_length=prefix, kv_valid=valid)
 
 
 def generation_states(net: UniFluid, params, prefix, valid, v, order) -> Float[Array, "b n d"]:
@@ -257,28 +263,91 @@ def generation_states(net: UniFluid, params, prefix, valid, v, order) -> Float[A
     return hidden[:, prefix.shape[1] + cfg.group - 1 :: cfg.group]
 
 
+class Texts(NamedTuple):
+    """Where the questions and answers of a row are; every row [b, t] of text holds one or more."""
+
+    segment: Int[Array, "b t"]  # 1, 2, ... of each question with its answer, 0 for padding
+    position: Int[Array, "b t"]  # within the segment
+    prefix: Int[Array, "b t"]  # tokens of the segment that are its question
+
+
+def texts(batch) -> Texts:
+    """The text layout of a batch: und_length [b] and und_prefix [b] with one question per row,
+    und_segments [b, t] and und_prefix [b, t] with several."""
+    t = jnp.arange(batch["und_tokens"].shape[1])
+    if "und_segments" not in batch:
+        segment = (t < batch["und_length"][:, None]).astype(jnp.int32)
+        shape = segment.shape
+        prefix = jnp.broadcast_to(batch["und_prefix"][:, None], shape)
+        return Texts(segment, jnp.broadcast_to(t, shape), prefix)
+    segment = batch["und_segments"]
+    begins = segment != jnp.pad(segment[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    start = jax.lax.cummax(jnp.where(begins, t, 0), axis=1)
+    return Texts(segment, t - start, batch["und_prefix"])
+
+
+def understanding_mask(cfg: UniFluidConfig, batch, picture: int) -> tuple[MaskSpec, Array]:
+    """(mask, positions [b, m + t]) of `picture` = m picture tokens and the text after them."""
+    found = texts(batch)
+    rows = len(found.position)
+    first = jnp.broadcast_to(jnp.arange(picture), (rows, picture))
+    positions = jnp.concatenate([first, picture + found.position], axis=1)
+    if not cfg.picture_alone:
+        if "und_segments" in batch:
+            raise ValueError(
+                "several questions in a row (config.data.questions > 1) need "
+                "config.model.picture_alone=True"
+            )
+        mask = MaskSpec(
+            causal=True,
+            prefix_length=picture + batch["und_prefix"],
+            q_positions=positions,
+            kv_positions=positions,
+            kv_valid=positions < picture + batch["und_length"][:, None],
+        )
+        return mask, positions
+    alone = jnp.full((rows, picture), picture)
+    shared = jnp.full((rows, picture), -1)
+    segment = jnp.concatenate([shared, found.segment], axis=1)
+    mask = MaskSpec(
+        causal=True,
+        prefix_length=jnp.concatenate([alone, picture + found.prefix], axis=1),
+        q_segment_ids=segment,
+        q_positions=positions,
+        kv_positions=positions,
+        kv_valid=segment != 0,
+    )
+    return mask, positions
+
+
 def understanding_states(net: UniFluid, params, batch) -> Float[Array, "b t d"]:
-    """Hidden states at the text tokens of [SigLIP] [BOS question sep] [answer EOS]."""
+    """Hidden states at the text tokens of [SigLIP] [BOS question sep] [answer EOS] ..."""
     soft = apply(net, params, "encode_image", batch["und_image"])
     text = apply(net, params, "text", batch["und_tokens"])
     x = jnp.concatenate([soft.astype(text.dtype), text], axis=1)
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    mask = MaskSpec(
-        causal=True,
-        prefix_length=soft.shape[1] + batch["und_prefix"],
-        q_positions=positions,
-        kv_positions=positions,
-        kv_valid=positions < soft.shape[1] + batch["und_length"][:, None],
-    )
+    mask, positions = understanding_mask(net.cfg, batch, soft.shape[1])
     hidden, _ = apply(net, params, "trunk", x, mask, positions)
     return hidden[:, soft.shape[1] :]
 
 
 def answer_weights(batch) -> Float[Array, "b t"]:
     """1 where the state at t predicts an answer token (the last prefix token up to EOS)."""
-    t = jnp.arange(batch["und_tokens"].shape[1])
-    first, end = batch["und_prefix"][:, None] - 1, batch["und_length"][:, None] - 1
-    return ((t >= first) & (t < end)).astype(jnp.float32)
+    found = texts(batch)
+    following = jnp.pad(found.segment[:, 1:], ((0, 0), (0, 1)))
+    inside = (found.segment == following) & (found.segment > 0)
+    return (inside & (found.position >= found.prefix - 1)).astype(jnp.float32)
+
+
+def loss_weights(cfg: UniFluidConfig, batch) -> Float[Array, "b t"]:
+    """answer_weights, under loss_norm="per_example" divided by the tokens of each answer."""
+    weights = answer_weights(batch)
+    if cfg.loss_norm == "per_token":
+        return weights
+    if "und_segments" not in batch:
+        return weights / jnp.maximum(weights.sum(1, keepdims=True), 1)
+    segment = batch["und_segments"]
+    same = (segment[:, :, None] == segment[:, None, :]).astype(jnp.float32)
+    return weights / jnp.maximum(jnp.einsum("bts,bs->bt", same, weights), 1)
 
 
 def next_tokens(batch) -> Int[Array, "b t"]:
@@ -392,8 +461,7 @@ def norms(cfg: UniFluidConfig, batch) -> dict[str, Float[Array, ""]]:
     visual = batch["gen_tokens"].shape[0] * cfg.tokens if "gen_tokens" in batch else 1
     text = jnp.float32(1)
     if "und_tokens" in batch:
-        weights = answer_weights(batch)
-        text = (weights.sum(1) > 0).sum() if cfg.loss_norm == "per_example" else weights.sum()
+        text = jnp.round(loss_weights(cfg, batch).sum())  # answers, or tokens of answers
     return {"visual": jnp.float32(visual), "text": jnp.maximum(text, 1).astype(jnp.float32)}
 
 
@@ -406,10 +474,7 @@ def loss(net: UniFluid, params, extra, batch, rng, *, step, norms):
         rows = batch["gen_tokens"].shape[0]
         mse, vb = visual_loss(net, params, batch, draw_noise(cfg, keys[:rows], step))
     if "und_tokens" in batch:
-        weights = answer_weights(batch)
-        if cfg.loss_norm == "per_example":
-            weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1)
-        nll, correct = text_loss(net, params, batch, weights)
+        nll, correct = text_loss(net, params, batch, loss_weights(cfg, batch))
     visual = (mse + cfg.vb_weight * vb) / norms["visual"]
     text = nll / norms["text"]
     total = visual + cfg.lam * text

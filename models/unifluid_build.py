@@ -33,11 +33,14 @@ def text_nll(net: UniFluid, params, batch) -> dict[str, Float[Array, "b"]]:
     }
 
 
-def prefill(net: UniFluid, params, x, valid, cache):
-    """Right-padded prefix inputs [b, s, d] -> (state of the last valid one, length, cache)."""
+def prefill(net: UniFluid, params, x, valid, cache, picture: int = 0):
+    """Right-padded prefix inputs [b, s, d] -> (state of the last valid one, length, cache).
+
+    picture: how many of the first inputs are a picture to understand.
+    """
     length = valid.sum(axis=1)
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    mask = unifluid.prompt_mask(net.cfg, valid)
+    mask = unifluid.prompt_mask(net.cfg, valid, picture)
     hidden, cache = apply(net, params, "trunk", x, mask, positions, cache, length)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
     return last, length, cache
@@ -97,6 +100,9 @@ def batch_spec(config, cfg: UniFluidConfig) -> dict[str, jax.ShapeDtypeStruct]:
         "und_prefix": ints(und),
         "und_length": ints(und),
     }
+    if d.questions > 1:
+        del spec["und_length"]
+        spec["und_prefix"] = spec["und_segments"] = ints(und, d.text_length)
     spec["gen_image"] = pixels(gen, m.image_size)
     if d.latents:
         del spec["gen_image"]

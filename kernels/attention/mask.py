@@ -17,7 +17,8 @@ class MaskSpec:
 
     causal:          key position <= query position, or key position < prefix_length.
     window:          query position - key position < window, or key position < always_visible.
-    segment ids:     equal (packed sequences; positions may then count from the row's start).
+    segment ids:     equal, or the key's is negative: shared by all segments of its row (packed
+                     sequences; positions may count from the row's or from each segment's start).
     kv_valid:        False hides a key.
     scale ids:       key's <= query's. cumsum(mask_ar) as scale ids with causal=False is the
                      rule of building_blocks 1.3. kv_scale_ids defaults to q_scale_ids.
@@ -58,7 +59,8 @@ class MaskSpec:
             terms.append(visible | (k < self.always_visible) if self.always_visible else visible)
         if self.q_segment_ids is not None:
             kv = self.q_segment_ids if self.kv_segment_ids is None else self.kv_segment_ids
-            terms.append(self.q_segment_ids[..., :, None] == kv[..., None, :])
+            kv = kv[..., None, :]
+            terms.append((self.q_segment_ids[..., :, None] == kv) | (kv < 0))
         if self.q_scale_ids is not None:
             kv = self.q_scale_ids if self.kv_scale_ids is None else self.kv_scale_ids
             terms.append(kv[..., None, :] <= self.q_scale_ids[..., :, None])

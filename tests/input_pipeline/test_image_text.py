@@ -75,6 +75,33 @@ def test_mix_decides_the_rows(make_config):
         image_text.rows(make_config(8, mix=dict(t2i=0.0, caption=0.0, vqa=0.0)))
 
 
+def test_several_questions_share_a_picture(make_config, take):
+    """Every packed pair is one of the picture's, none twice, prefixes and segments are right."""
+    config = make_config(
+        32, source="openmoji+scenes", captioned="openmoji", text_length=64, questions=4
+    )
+    pipeline = build(config)
+    tok, data = pipeline.tokenizer, config.data
+    right: dict[bytes, set] = {}
+    for found in (openmoji.load(data, "train", 32), scenes.load(data, "train", 32)):
+        for i, item in enumerate(found.items):
+            known = right.setdefault(found.pictures.gather(np.array([i])).tobytes(), set())
+            known.update((q.question, q.answer) for q in item.questions)
+            known.update((f"caption {k}", text) for k, text in item.captions.items())
+    counts = []
+    for batch in take(pipeline, 4):
+        for row, image in enumerate(batch["und_image"]):
+            segments, prefix = batch["und_segments"][row], batch["und_prefix"][row]
+            said = []
+            for k in range(1, segments.max() + 1):
+                ids, first = batch["und_tokens"][row][segments == k], prefix[segments == k]
+                assert (first == first[0]).all() and ids[0] == tok.bos and ids[-1] == tok.eos
+                said.append((tok.decode(ids[1 : first[0] - 1]), tok.decode(ids[first[0] :])))
+            assert len(set(said)) == len(said) and set(said) <= right[image.tobytes()]
+            counts.append(len(said))
+    assert max(counts) == 4 and np.mean(counts) > 2
+
+
 @pytest.mark.parametrize("mix", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
 def test_a_single_task(make_config, take, mix):
     config = make_config(4, mix=dict(zip(("t2i", "caption", "vqa"), mix)))

@@ -157,6 +157,23 @@ def test_prefix_per_query_and_row_slices():
     np.testing.assert_array_equal(part, whole[2:6])
 
 
+def test_keys_of_a_negative_segment_are_shared():
+    """A picture (id -1) that every packed question sees, and that sees no question."""
+    segments = jnp.array([[-1, -1, 1, 1, 2, 2]])
+    positions = jnp.array([[0, 1, 2, 3, 2, 3]])
+    prefix = jnp.array([[2, 2, 3, 3, 4, 4]])
+    spec = MaskSpec(prefix, segments, None, positions, positions)
+    visible = np.asarray(spec.dense(6, 6))[0].astype(int)
+    assert visible.tolist() == [
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 1],
+        [1, 1, 0, 0, 1, 1],
+    ]
+
+
 def test_rows_without_a_visible_key_stay_finite():
     q, k, v = tensors(SHAPES[1])
     mask = MaskSpec(kv_valid=jnp.zeros((2, 37), bool))

@@ -10,6 +10,7 @@ import pytest
 
 from configs.common import load_config
 from inference import beam, unified
+from input_pipeline import layout
 from models import MODELS, unifluid
 from models.blocks import diffusion_head as dh
 from models.unifluid import UniFluid
@@ -147,9 +148,12 @@ def test_check_4_rows_do_not_depend_on_each_other(case):
     assert (one.tokens[1:] != two.tokens[1:]).any()
 
 
-def test_check_4_cached_text_equals_recomputation(case):
+@pytest.mark.parametrize("picture_alone", [False, True])
+def test_check_4_cached_text_equals_recomputation(case, picture_alone):
     """Greedy answers are the argmax of the teacher-forced logits at every position."""
     _, model, net, params, batch = case
+    if picture_alone:
+        model = MODELS["unifluid"](tiny_config(model__picture_alone=True))
     width, new = batch["und_tokens"].shape[1], 6
     start = jnp.where(jnp.arange(width) < batch["und_prefix"][:, None], batch["und_tokens"], 0)
     ids = unified.generate_text(
@@ -163,6 +167,56 @@ def test_check_4_cached_text_equals_recomputation(case):
     best = jnp.take_along_axis(logits.argmax(-1), at - 1, axis=1)
     before_eos = jnp.cumsum(ids == unified.EOS, axis=1) - (ids == unified.EOS) == 0
     np.testing.assert_array_equal(jnp.where(before_eos, best, 0), ids)
+
+
+def packed(batch, length):
+    """Rows 0 and 1, 2 and 3, ... of `batch` as two questions about the even row's picture."""
+    rows = [
+        layout.Answered(np.asarray(t), int(p), int(n), False)
+        for t, p, n in zip(batch["und_tokens"], batch["und_prefix"], batch["und_length"])
+    ]
+    both = [layout.pack(pair, length, 0) for pair in zip(rows[::2], rows[1::2])]
+    found = {
+        f"und_{name}": jnp.stack([jnp.asarray(getattr(row, name)) for row in both])
+        for name in ("tokens", "segments", "prefix")
+    }
+    assert all(row.count == 2 for row in both)
+    return found | {"und_image": batch["und_image"][::2]}
+
+
+def test_questions_packed_in_a_row_are_as_good_as_alone(case):
+    """With picture_alone the packed answers' states, losses and gradients are those of rows of
+    their own; without it packing is refused."""
+    _, _, _, params, batch = case
+    config = tiny_config(model__picture_alone=True)
+    net = UniFluid(unifluid.read_config(config))
+    alone = {k: v for k, v in batch.items() if k.startswith("und_")}
+    alone["und_image"] = jnp.repeat(alone["und_image"][::2], 2, axis=0)
+    rows = packed(alone, 2 * batch["und_tokens"].shape[1])
+
+    @jax.jit
+    def loss(params, batch):
+        norm = unifluid.norms(net.cfg, batch)["text"]
+        weights = unifluid.loss_weights(net.cfg, batch)
+        nll, correct = unifluid.text_loss(net, params, batch, weights)
+        return nll / norm, correct / norm
+
+    one, two = (jax.value_and_grad(loss, has_aux=True)(params, b) for b in (alone, rows))
+    np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 + 1e-5 * np.abs(a).max()),
+        one[1], two[1],
+    )  # fmt: skip
+    states = jax.jit(lambda b: unifluid.understanding_states(net, params, b))
+    first, both = states(alone), states(rows)
+    for i, (start, end) in enumerate(zip(alone["und_length"][::2], alone["und_length"][1::2])):
+        np.testing.assert_allclose(both[i, :start], first[2 * i, :start], atol=1e-4)
+        np.testing.assert_allclose(both[i, start : start + end], first[2 * i + 1, :end], atol=1e-4)
+    other = dict(rows, und_tokens=rows["und_tokens"].at[:, 1].add(1))
+    assert (states(other) != both).any(axis=(1, 2)).all()
+    with pytest.raises(ValueError, match="picture_alone"):
+        plain = UniFluid(unifluid.read_config(tiny_config()))
+        unifluid.understanding_states(plain, params, rows)
 
 
 def test_beams_carry_their_own_caches(case):
