@@ -3,10 +3,12 @@
 Generation rows: gen_tokens int32 [Bg, P], gen_length int32 [Bg] and gen_image uint8 [Bg, H, W, 3]
 or gen_moments float32 [Bg, h, w, 2z]. Understanding rows: und_image uint8 [Bu, S, S, 3],
 und_tokens int32 [Bu, T], und_prefix and und_length int32 [Bu]; caption rows come before question
-rows. With config.data.questions > 1 a row holds as many questions with their answers about its
-picture as fit, at most that many: captions in several languages, or a scene's questions and its
-caption; und_segments and und_prefix are then int32 [Bu, T] (input_pipeline/layout.py). With config.data.edit the prompt is an instruction, and gen_source_image uint8 [Bg, S, S, 3]
+rows. With config.data.edit the prompt is an instruction, and gen_source_image uint8 [Bg, S, S, 3]
 (and gen_source_moments beside gen_moments) is the picture to change.
+
+With config.data.questions > 1 a row holds as many questions with their answers about its picture
+as fit, at most that many: captions in several languages, or a scene's questions and its caption.
+und_segments and und_prefix are then int32 [Bu, T] (input_pipeline/layout.py), without und_length.
 """
 
 from collections.abc import Callable
@@ -66,7 +68,6 @@ class _Texts:
             self._answered[question, answer] = row
             self._count(row)
         return row
-
 
     def packed(self, asked: list[tuple[str, str]], rng: np.random.Generator) -> layout.Packed:
         """Up to data.questions of the (question, answer) pairs, in random order, in one row."""
