@@ -65,6 +65,10 @@ def base(**overrides: Any) -> ConfigDict:
             log_every=10,
             tensorboard=False,
             wandb="",  # project name
+            export=dict(
+                dtype="",  # of model.safetensors: float32 | float16 | bfloat16, "" as trained
+                part="",  # "body": only the parameters under body/, under their names there
+            ),
             profile=(0, 0),  # (10, 5): trace 5 steps after step 10
             runs=((),)[:0],  # task runs: ((name, "configs/x.py:variant", ("key=value", ...)), ...)
             report="",  # task runs: the evaluator that writes the report

@@ -79,22 +79,23 @@ def _debug(config):
 
 def _full(config):
     config.steps, config.batch_size = 40_000, 64
-    config.model.image_size = 64
-    config.model.decoder.update(width=320, layers=6, mlp=960, heads=5, kv_heads=5, head_dim=64)
+    config.model.update(image_size=64, picture_alone=True)
+    config.model.decoder.update(width=256, layers=5, mlp=768, heads=4, kv_heads=2, head_dim=64)
     config.model.vit.update(width=192, layers=4, mlp=576, image_size=64)
-    config.model.vae.size = "small_64"
-    config.model.head.update(width=384, depth=3)
+    config.model.vae = dict(size="small_64", patch=2)  # 16 tokens of 2 x 2 latents
+    config.model.head.update(width=320, depth=3)
     weights = "models/tokenizers/weights/kl_vae_64.safetensors"
     config.data.update(
-        captioned="",
         first_lang=0.0,
+        scenes=20_000,
         scene_glyphs=100,
         categories=("all",),
         skin_tones=True,
         image_size=64,
         latents=weights,
-        prompt_length=40,
-        text_length=48,
+        prompt_length=24,
+        text_length=72,
+        questions=8,
     )
     config.init_from = f"vae={weights}"
     config.schedule.update(warmup=500, decay=10_000)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from export.functions import functions, serialise
@@ -34,8 +35,10 @@ def write(config, model, params: Any, step: int, folder: Path) -> Path:
     flat = {path: np.asarray(jax.device_get(x)) for path, x in flatten(params).items()}
     metadata = {"step": str(step), "model": config.model.name}
     published = flat if model.weights is None else to_published(params, model.weights)
-    save_safetensors(folder / "model.safetensors", published, metadata)
+    save_safetensors(folder / "model.safetensors", _chosen(published, config.export), metadata)
     (folder / "config.json").write_text(_pretty(describe(config, model, flat, step)))
+    if config.export.part:
+        return folder  # a part has no functions
     found = functions(model, config, params)
     own_names = "model.safetensors"
     if found and model.weights is not None:
@@ -50,6 +53,29 @@ def write(config, model, params: Any, step: int, folder: Path) -> Path:
     if found:
         (folder / "index.json").write_text(_pretty(index))
     return folder
+
+
+def _chosen(tensors: dict[str, np.ndarray], options) -> dict[str, np.ndarray]:
+    """The tensors of config.export.part, floats in config.export.dtype."""
+    if options.dtype not in ("", "float32", "float16", "bfloat16"):
+        raise ValueError(
+            f"config.export.dtype={options.dtype!r}: allowed are '' (as trained), float32, "
+            "float16, bfloat16"
+        )
+    if options.part:
+        start = options.part.strip("/") + "/"
+        found = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+        if not found:
+            parts = sorted({k.partition("/")[0] for k in tensors})
+            raise ValueError(f"config.export.part={options.part!r}: the parts are {parts}")
+        tensors = found
+    if not options.dtype:
+        return tensors
+    dtype = np.dtype(jnp.dtype(options.dtype))
+    return {
+        k: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v
+        for k, v in tensors.items()
+    }
 
 
 def describe(config, model, flat: dict[str, np.ndarray], step: int) -> dict[str, Any]:

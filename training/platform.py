@@ -15,7 +15,7 @@ SAFE_COLLECTIVES = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 # glibc's settings for one arena that keeps what is freed: variable -> (number in <malloc.h>, value)
 MALLOC = {
     "MALLOC_MMAP_MAX_": (-4, 0),
-    "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+    "MALLOC_TRIM_THRESHOLD_": (-1, -1),
     "MALLOC_ARENA_MAX": (-8, 1),
 }
 TPU = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
