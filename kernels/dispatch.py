@@ -3,15 +3,28 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
+
 from kernels.errors import NotSupported
 
 _logged: set[tuple[str, str]] = set()
 
 
+def platform() -> str:
+    """What is compiled for: the devices of the mesh that is set, attached or not, or JAX's own."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def choose(
-    op: str, impl: str, implementations: Mapping[str, Callable], auto: Sequence[str]
+    op: str,
+    impl: str,
+    implementations: Mapping[str, Callable],
+    auto: Sequence[str] | Mapping[str, Sequence[str]],
 ) -> tuple[Callable, str]:
     """(function, name) of a named implementation, or one that tries `auto` in order.
+
+    auto: names, or names by platform, "cpu" standing for every platform that is not there.
 
     A named implementation never falls back; "auto" goes on to the next only on NotSupported, and
     logs once what it took.
@@ -24,7 +37,8 @@ def choose(
 
     def first_that_can(*args, **kwargs):
         reasons = []
-        for name in auto:
+        names = auto.get(platform(), auto["cpu"]) if isinstance(auto, Mapping) else auto
+        for name in names:
             try:
                 out = implementations[name](*args, **kwargs)
             except NotSupported as error:

@@ -1,16 +1,28 @@
 """mlstm() and mlstm_step(): one call, several implementations, chosen by platform and shape."""
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch
-from kernels.mlstm import ref, xla
+from kernels import dispatch, shard
+from kernels.mlstm import context, ref, tpu, tpu_step, xla
 from kernels.mlstm.ref import EPS, State, empty_state
 
-IMPLEMENTATIONS = {"ref": ref.mlstm, "xla": xla.mlstm}
-STEPS = {"ref": ref.step, "xla": ref.step}  # XLA fuses the definition into one pass over C
+IMPLEMENTATIONS = {
+    "ref": ref.mlstm,
+    "xla": xla.mlstm,
+    "tpu": tpu.mlstm,
+    "tpu_interpret": functools.partial(tpu.mlstm, interpret=True),  # on the CPU, for tests
+}
+STEPS = {
+    "ref": ref.step,
+    "xla": ref.step,
+    "tpu": tpu_step.step,
+    "tpu_interpret": functools.partial(tpu_step.step, interpret=True),
+}
 # Tried in this order by impl="auto"; the last one takes everything.
-AUTO = ("xla",)
+AUTO = {"tpu": ("tpu", "xla"), "cpu": ("xla",)}
 
 
 def mlstm(
@@ -43,12 +55,34 @@ def mlstm(
     state = State(*state)
     documents = None if segment_ids is None else _documents(segment_ids, state_segment)
     run, name = dispatch.choose("mlstm", impl, IMPLEMENTATIONS, AUTO)
-    if name == "ref":
-        if official_backward:
-            raise ValueError("mlstm: impl='ref' has no official_backward")
-        return run(q, k, v, i, f, state, documents, eps=eps)
-    options = dict(eps=eps, chunk=chunk, official_backward=official_backward)
-    return run(q, k, v, i, f, state, documents, **options)
+    options = dict(eps=eps)
+    if name != "ref":
+        options |= dict(chunk=chunk, official_backward=official_backward)
+    elif official_backward:
+        raise ValueError("mlstm: impl='ref' has no official_backward")
+    return _on_mesh(functools.partial(run, **options), q, k, v, i, f, state, documents)
+
+
+def _on_mesh(run, q, k, v, i, f, state, documents):
+    """Rows, heads and tokens cut as the mesh says; one device's part each."""
+    seq = shard.mesh_axes("length", q.shape[2])
+    tokens = ("batch", "act_heads", "length")
+    memory = State(("batch", "act_heads", None, None), ("batch", "act_heads", None), tokens[:2])
+    names = (*((*tokens, None),) * 3, tokens, tokens, memory, ("batch", "length"))
+    inputs = (q, k, v, i, f, state, documents)
+    if documents is None:
+        names, inputs = names[:-1], inputs[:-1]
+
+    def part(q, k, v, i, f, state, documents=None):
+        if seq:
+            return context.along(seq, run, q, k, v, i, f, state, documents)
+        return run(q, k, v, i, f, state, documents)
+
+    outputs = (
+        shard.spec(names[2], v.shape),
+        State(*(shard.spec(n, x.shape) for n, x in zip(memory, state))),
+    )
+    return shard.call(part, inputs, names, outputs)
 
 
 def mlstm_step(
@@ -64,7 +98,15 @@ def mlstm_step(
 ) -> tuple[Float[Array, "b h v"], State]:
     """One token of decoding: each state is read and written once."""
     run, _ = dispatch.choose("mlstm_step", impl, STEPS, AUTO)
-    return run(q, k, v, i, f, State(*state), eps=eps)
+    head, state = ("batch", "act_heads"), State(*state)
+    inputs = (q, k, v, i, f, state)
+    memory = State((*head, None, None), (*head, None), head)
+    names = (*((*head, None),) * 3, head, head, memory)
+    outputs = (
+        shard.spec(names[2], v.shape),
+        State(*(shard.spec(n, x.shape) for n, x in zip(memory, state))),
+    )
+    return shard.call(functools.partial(run, eps=eps), inputs, names, outputs)
 
 
 def _documents(segment_ids, state_segment):

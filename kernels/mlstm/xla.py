@@ -1,7 +1,7 @@
 """The mLSTM in chunks of L tokens: matrix products inside, one state between (arXiv 2503.14376).
 
 Per chunk, with b the cumulative log forget gates, D_ts = b_t - b_s + i_s for s <= t, and
-m_t = max(b_t + m, max_s D_ts):
+m_t = max(b_t + m, max_s D_ts) (kernels/mlstm/gates.py computes what has no q, k, v in it):
 
     S = (q̄ kᵀ) exp(D - m_t),  w_t = exp(b_t + m - m_t)
     num = w (q̄ C) + S v,  den = w (q̄ n) + S 1,  h = num / (max(|den|, exp(-m_t)) + eps)
@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels.mlstm import gates as gates_lib
 from kernels.mlstm.ref import EPS, State
 
 CHUNK = 64
-NEVER = -1e30  # input gate of padding: exp gives exactly 0
 
 
 class Options(NamedTuple):
@@ -66,17 +66,14 @@ def mlstm(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunkwise(options, q, k, v, i, log_f, C, n, m, documents):
-    inputs = _split(options.chunk, q, k, v, i, log_f, documents)
-    first = jnp.zeros_like(documents[:, 0])
+    chunks, last = _chunks(options.chunk, q, k, v, i, log_f, documents, m)
 
-    def body(carry, chunk):
-        *state, document = carry
-        gates = _gates(chunk, State(*state), document)
-        out = _output(options, chunk, State(*state), gates)
-        return (*_next(chunk, State(*state), gates), chunk.documents[:, -1]), out.h
+    def body(state, chunk):
+        h, _ = _output(options, chunk, *state)
+        return _next(chunk, *state), h
 
-    (*state, _), h = jax.lax.scan(body, (C, n, m, first), inputs)
-    return _join(h, q.shape[2]).astype(v.dtype), tuple(state)
+    (C, n), h = jax.lax.scan(body, (C, n), chunks)
+    return _join(h, q.shape[2]).astype(v.dtype), (C, n, last)
 
 
 class Chunk(NamedTuple):
@@ -85,48 +82,39 @@ class Chunk(NamedTuple):
     q: Float[Array, "b h l k"]
     k: Float[Array, "b h l k"]
     v: Float[Array, "b h l v"]
-    i: Float[Array, "b h l"]
-    log_f: Float[Array, "b h l"]
+    gates: gates_lib.Rows  # each [b, h, l], gamma [b, h]
     documents: Int[Array, "b l"]
 
 
-class Gates(NamedTuple):
-    """Weights of one chunk: E between its tokens, w from the state, u and gamma to the next one."""
+class Scores(NamedTuple):
+    """What the gradient needs of the way to h."""
 
-    E: Float[Array, "b h l l"]
-    w: Float[Array, "b h l"]
-    m: Float[Array, "b h l"]
-    u: Float[Array, "b h l"]
-    gamma: Float[Array, "b h"]
-    m_next: Float[Array, "b h"]
-
-
-class Output(NamedTuple):
-    """h and what its gradient needs of the way there."""
-
-    h: Float[Array, "b h l v"]
+    E: Float[Array, "b h l l"]  # weights between tokens, times the scale of q
     S: Float[Array, "b h l l"]
     den: Float[Array, "b h l"]
     bound: Float[Array, "b h l"]  # max(|den|, exp(-m)) + eps
 
 
-def _split(length, q, k, v, i, log_f, documents) -> Chunk:
-    """Chunks on a leading axis; padding keeps state and document."""
+def _chunks(length, q, k, v, i, log_f, documents, m) -> tuple[Chunk, Float[Array, "b h"]]:
+    """(chunks on a leading axis, gauge of the last state); padding keeps state and document."""
     more = -q.shape[2] % length
 
     def cut(x, axis, **pad):
         if more:
             widths = [(0, more if a == axis else 0) for a in range(x.ndim)]
             x = jnp.pad(x, widths, **pad)
-        x = x.reshape(*x.shape[:axis], -1, length, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
+        return x.reshape(*x.shape[:axis], -1, length, *x.shape[axis + 1 :])
 
-    return Chunk(
-        *(cut(x, 2) for x in (q, k, v)),
-        cut(i, 2, constant_values=NEVER),
-        cut(log_f, 2),
-        cut(documents, 1, mode="edge"),
+    documents = cut(documents, 1, mode="edge")
+    i = cut(i, 2, constant_values=gates_lib.NEVER)
+    rows = gates_lib.rows(i, cut(log_f, 2), documents, m)
+    per_chunk = rows._replace(m=jnp.broadcast_to(rows.m[..., None], rows.gamma.shape))
+    stacked = Chunk(
+        *(jnp.moveaxis(cut(x, 2), 2, 0) for x in (q, k, v)),
+        jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), per_chunk),
+        jnp.moveaxis(documents, 1, 0),
     )
+    return stacked, rows.m
 
 
 def _join(x, length):
@@ -144,60 +132,28 @@ def _dot(spec, x, y):
     return jnp.einsum(spec, x, y, preferred_element_type=wide, precision=precision)
 
 
-def _exp(x, visible):
-    """exp where visible, else 0; no gradient and no overflow from the rest."""
-    return jnp.where(visible, jnp.exp(jnp.where(visible, x, 0.0)), 0.0)
-
-
-def _most(x, visible, axis=None):
-    x = jnp.where(visible, x, -jnp.inf)
-    return x if axis is None else x.max(axis)
-
-
-def _gates(chunk: Chunk, state: State, document: Int[Array, "b"]) -> Gates:
-    """All exponentials of one chunk; `document` is the state's."""
-    i, log_f, numbers = chunk.i, chunk.log_f, chunk.documents
-    length = i.shape[-1]
-    t = jnp.arange(length)
-    b = jnp.cumsum(log_f, axis=-1)
-    # Summed from the end, not b_L - b_s: that would cancel.
-    after = jnp.cumsum(log_f[..., ::-1], axis=-1)[..., ::-1] - log_f
-    a = after + i
-    D = b[..., :, None] - b[..., None, :] + i[..., None, :]
-    pairs = (t[:, None] >= t) & (numbers[:, :, None] == numbers[:, None, :])[:, None]
-    own = (numbers == document[:, None])[:, None]
-    from_state = b + state.m[..., None]
-    m = jnp.maximum(_most(from_state, own), _most(D, pairs, -1))
-    last = numbers[:, -1:]
-    lasting, kept = (numbers == last)[:, None], document[:, None] == last
-    to_next = b[..., -1] + state.m
-    m_next = jnp.maximum(_most(to_next, kept), _most(a, lasting, -1))
-    return Gates(
-        E=_exp(D - m[..., None], pairs),
-        w=_exp(from_state - m, own),
-        m=m,
-        u=_exp(a - m_next[..., None], lasting),
-        gamma=_exp(to_next - m_next, kept),
-        m_next=m_next,
-    )
-
-
-def _output(options: Options, chunk: Chunk, state: State, gates: Gates) -> Output:
+def _output(options: Options, chunk: Chunk, C, n) -> tuple[Float[Array, "b h l v"], Scores]:
     # The scale of q goes into the weights: q itself keeps its digits.
-    scale = chunk.q.shape[-1] ** -0.5
-    S = _dot("bhtk,bhsk->bhts", chunk.q, chunk.k) * (scale * gates.E)
+    scale, gates, numbers = chunk.q.shape[-1] ** -0.5, chunk.gates, chunk.documents
+    t = jnp.arange(numbers.shape[-1])
+    pairs = (t[:, None] >= t) & (numbers[:, :, None] == numbers[:, None, :])[:, None]
+    exponent = gates.r[..., :, None] + gates.c[..., None, :]
+    E = scale * jnp.exp(jnp.where(pairs, exponent, gates_lib.NEVER))
+    S = _dot("bhtk,bhsk->bhts", chunk.q, chunk.k) * E
     w = scale * gates.w
-    num = w[..., None] * _dot("bhtk,bhkv->bhtv", chunk.q, state.C)
+    num = w[..., None] * _dot("bhtk,bhkv->bhtv", chunk.q, C)
     num += _dot("bhts,bhsv->bhtv", S, chunk.v)
-    den = w * jnp.einsum("bhtk,bhk->bht", chunk.q.astype(S.dtype), state.n) + S.sum(-1)
-    bound = jnp.maximum(jnp.abs(den), jnp.exp(-gates.m)) + options.eps
-    return Output(num / bound[..., None], S, den, bound)
+    den = w * jnp.einsum("bhtk,bhk->bht", chunk.q.astype(S.dtype), n) + S.sum(-1)
+    bound = jnp.maximum(jnp.abs(den), gates.bound) + options.eps
+    return num / bound[..., None], Scores(E, S, den, bound)
 
 
-def _next(chunk: Chunk, state: State, gates: Gates) -> State:
+def _next(chunk: Chunk, C, n):
+    """Memory and normaliser after a chunk."""
+    gates = chunk.gates
     k = gates.u[..., None] * chunk.k.astype(gates.u.dtype)
-    C = gates.gamma[..., None, None] * state.C + _dot("bhlk,bhlv->bhkv", k, chunk.v)
-    return State(C, gates.gamma[..., None] * state.n + k.sum(-2), gates.m_next)
+    C = gates.gamma[..., None, None] * C + _dot("bhlk,bhlv->bhkv", k, chunk.v)
+    return C, gates.gamma[..., None] * n + k.sum(-2)
 
 
 def _forward(options, q, k, v, i, log_f, C, n, m, documents):
@@ -208,32 +164,23 @@ def _forward(options, q, k, v, i, log_f, C, n, m, documents):
 def _backward(options, residuals, cotangents):
     q, k, v, i, log_f, C, n, m, documents = residuals
     dh, (dC, dn, _) = cotangents
-    chunks = _split(options.chunk, q, k, v, i, log_f, documents)
-    first = jnp.zeros_like(documents[:, 0])
-
-    def sweep(carry, chunk):
-        *state, document = carry
-        state = State(*state)
-        after = _next(chunk, state, _gates(chunk, state, document))
-        return (*after, chunk.documents[:, -1]), carry
-
-    (*last, _), before = jax.lax.scan(sweep, (C, n, m, first), chunks)
+    chunks, _ = _chunks(options.chunk, q, k, v, i, log_f, documents, m)
+    last, before = jax.lax.scan(lambda state, chunk: (_next(chunk, *state), state), (C, n), chunks)
     more = -q.shape[2] % options.chunk
     dh = jnp.pad(dh.astype(C.dtype), ((0, 0), (0, 0), (0, more), (0, 0)))
     dh = jnp.moveaxis(dh.reshape(*dh.shape[:2], -1, options.chunk, dh.shape[-1]), 2, 0)
 
     def body(carry, inputs):
         dC, dn, after = carry  # of and at the chunk's outgoing state
-        chunk, (*state, document), dh = inputs
-        state = State(*state)
-        grads, flow = _chunk_gradients(options, chunk, state, document, dh, dC, dn)
+        chunk, state, dh = inputs
+        grads, flow = _chunk_gradients(options, chunk, *state, dh, dC, dn)
         *tokens, dC_before, dn_before = grads
         if not options.official_backward:
-            into_next = (after.C * dC).sum((-2, -1)) + (after.n * dn).sum(-1)
+            into_next = (after[0] * dC).sum((-2, -1)) + (after[1] * dn).sum(-1)
             flow = jnp.cumsum(flow[..., ::-1], axis=-1)[..., ::-1] + into_next[..., None]
         return (dC_before, dn_before, state), (*tokens, flow)
 
-    start = (dC.astype(C.dtype), dn.astype(C.dtype), State(*last))
+    start = (dC.astype(C.dtype), dn.astype(C.dtype), last)
     (dC, dn, _), stacked = jax.lax.scan(body, start, (chunks, before, dh), reverse=True)
     dq, dk, dv, di, dlog_f = (_join(x, q.shape[2]) for x in stacked)
     if options.official_backward:  # one sum over the whole row, nothing from the last state
@@ -242,25 +189,23 @@ def _backward(options, residuals, cotangents):
     return dq, dk, dv, di, dlog_f, dC, dn, jnp.zeros_like(m), None
 
 
-def _chunk_gradients(options, chunk, state, document, dh, dC, dn):
+def _chunk_gradients(options, chunk, C, n, dh, dC, dn):
     """((dq, dk, dv, di, dC, dn before), <q, dq> - <k, dk> per token) of one chunk."""
-    gates = _gates(chunk, state, document)
-    out = _output(options, chunk, state, gates)
+    gates, (h, scores) = chunk.gates, _output(options, chunk, C, n)
     wide, (q, k, v) = dh.dtype, chunk[:3]
-    scale = q.shape[-1] ** -0.5
-    dnum = dh / out.bound[..., None]
-    dden = jnp.zeros_like(out.den)
+    dnum = dh / scores.bound[..., None]
+    dden = jnp.zeros_like(scores.den)
     if not options.official_backward:
-        slope = -jnp.sign(out.den) * (dh * out.h).sum(-1) / out.bound
-        dden = jnp.where(jnp.abs(out.den) > jnp.exp(-gates.m), slope, 0.0)
-    w, u = scale * gates.w[..., None], gates.u[..., None]
+        slope = -jnp.sign(scores.den) * (dh * h).sum(-1) / scores.bound
+        dden = jnp.where(jnp.abs(scores.den) > gates.bound, slope, 0.0)
+    w, u = q.shape[-1] ** -0.5 * gates.w[..., None], gates.u[..., None]
     narrow = dnum.astype(v.dtype)
-    P = (_dot("bhtv,bhsv->bhts", narrow, v) + dden[..., None]) * (scale * gates.E)
+    P = (_dot("bhtv,bhsv->bhts", narrow, v) + dden[..., None]) * scores.E
     dq = _dot("bhts,bhsk->bhtk", P, k) + w * (
-        _dot("bhtv,bhkv->bhtk", narrow, state.C) + dden[..., None] * state.n[..., None, :]
+        _dot("bhtv,bhkv->bhtk", narrow, C) + dden[..., None] * n[..., None, :]
     )
     dk = _dot("bhts,bhtk->bhsk", P, q) + u * (_dot("bhsv,bhkv->bhsk", v, dC) + dn[..., None, :])
-    dv = _dot("bhts,bhtv->bhsv", out.S, narrow) + u * _dot("bhsk,bhkv->bhsv", k, dC)
+    dv = _dot("bhts,bhtv->bhsv", scores.S, narrow) + u * _dot("bhsk,bhkv->bhsv", k, dC)
     di = (k.astype(wide) * dk).sum(-1)
     flow = (q.astype(wide) * dq).sum(-1) - di
     wq = w * q.astype(wide)

@@ -1,6 +1,11 @@
 """mLSTM: golden values of the specification, chunks against the recurrence, documents, states."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +22,18 @@ SHAPES = [
     (1, 1, 19, 130, 3, 64),
 ]
 NAMES = ("q", "k", "v", "i", "f")
+CHUNKED = ("xla", "tpu_interpret")
 
 
 def fill(c, *shape):
     """sin(c + 1.3 b + 0.7 h + 0.31 t + 0.17 j), as section 2.6 of the specification."""
     steps = (1.3, 0.7, 0.31, 0.17)
     return jnp.asarray(np.sin(c + sum(s * x for s, x in zip(steps, np.indices(shape)))))
+
+
+def chunk_of(shape, impl):
+    """The shape's chunk, or the next one that a TPU kernel takes."""
+    return shape[-1] if impl == "xla" else -(-shape[-1] // 16) * 16
 
 
 def tensors(shape, dtype=jnp.float32, seed=0):
@@ -119,12 +130,13 @@ def test_golden_values_of_the_official_backward():
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_check_1_xla_equals_ref(shape, documents):
+@pytest.mark.parametrize("impl", CHUNKED)
+def test_checks_1_and_2_equal_ref(impl, shape, documents):
     segments = ids(shape) if documents else None
 
     @functools.partial(jax.jit, static_argnums=2)
     def run(inputs, state, impl):
-        options = dict(segment_ids=segments, chunk=shape[-1])
+        options = dict(segment_ids=segments, chunk=chunk_of(shape, impl))
         return mlstm(*inputs, state=state, **options, impl=impl)
 
     for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)):
@@ -133,7 +145,7 @@ def test_check_1_xla_equals_ref(shape, documents):
             # Of one sign: where positive and negative scores cancel in the denominator, h magnifies
             # the rounding of the scores at will.
             inputs[:2], state = [jnp.abs(x) for x in inputs[:2]], State(*map(jnp.abs, state))
-        h, last = run(inputs, state, "xla")
+        h, last = run(inputs, state, impl)
         want, want_last = run([x.astype(jnp.float32) for x in inputs], state, "ref")
         assert h.dtype == dtype and last.C.dtype == jnp.float32
         close(h, want, tolerance)
@@ -162,16 +174,66 @@ def test_check_3_gradients_equal_autodiff_of_ref(shape, documents):
             close(got, want, 1e-11)
 
 
-def test_check_3_float32_gradients():
-    shape = SHAPES[1]
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("shape", [SHAPES[1], (1, 2, 50, 96, 192, 32)])
+@pytest.mark.parametrize("impl", CHUNKED)
+def test_check_3_float32_gradients(impl, shape, documents):
+    """Through inputs and states; 96 and 192 are not whole lanes (check 5 of the specification)."""
     inputs, state = tensors(shape), some_state(shape)
     cotangent = jax.random.normal(jax.random.key(9), inputs[2].shape)
-    grads = [
-        jax.grad(objective)(inputs, state, cotangent, impl=impl, chunk=16)
-        for impl in ("xla", "ref")
-    ]
-    for got, want in zip(*grads):
+    options = dict(segment_ids=ids(shape) if documents else None, chunk=shape[-1])
+
+    def gradient(impl):
+        def total(inputs, C, n):
+            return objective(inputs, State(C, n, state.m), cotangent, **options, impl=impl)
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(inputs, state.C, state.n)
+
+    for got, want in zip(*(jax.tree.leaves(gradient(x)) for x in (impl, "ref"))):
         close(got, want, 2e-4)
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_check_3_tpu_gradients_of_bfloat16(official):
+    """The kernels' gradients beside the chunks' in bfloat16: the same roundings, two orders."""
+    shape = SHAPES[1]
+    inputs, state = tensors(shape, jnp.bfloat16), some_state(shape)
+    inputs[:2], state = [jnp.abs(x) for x in inputs[:2]], State(*map(jnp.abs, state))
+    cotangent = jax.random.normal(jax.random.key(9), inputs[2].shape)
+
+    def gradient(impl):
+        def total(inputs):
+            h, _ = mlstm(*inputs, state=state, chunk=16, official_backward=official, impl=impl)
+            return (h.astype(jnp.float32) * cotangent).sum()
+
+        return jax.grad(total)(inputs)
+
+    for got, want in zip(gradient("tpu_interpret"), gradient("xla")):
+        close(got, want, 2e-2)
+
+
+@pytest.mark.parametrize("impl", CHUNKED)
+@pytest.mark.parametrize("cut", [16, 20])
+def test_check_4_float32_calls_follow_each_other(impl, cut):
+    shape = SHAPES[1]
+    inputs, options = tensors(shape), dict(chunk=16, impl=impl)
+    whole, last = mlstm(*inputs, **options)
+    first, state = mlstm(*(x[:, :, :cut] for x in inputs), **options)
+    second, end = mlstm(*(x[:, :, cut:] for x in inputs), state=state, **options)
+    close(jnp.concatenate([first, second], 2), whole, 1e-5)
+    close_state(end, last, 1e-5)
+
+
+def test_check_4_a_tpu_step_is_the_definition():
+    shape = (2, 3, 1, 128, 256, 1)
+    inputs, state = [x[:, :, 0] for x in tensors(shape)], some_state(shape)
+    h, last = mlstm_step(*inputs, state, impl="tpu_interpret")
+    want, want_last = mlstm_step(*inputs, state, impl="ref")
+    close(h, want, 1e-5)
+    for got, right in zip(last, want_last):
+        close(got, right, 1e-6)
+    with pytest.raises(ValueError, match="multiples of 128"):
+        mlstm_step(*inputs[:2], inputs[2][..., :12], *inputs[3:], state, impl="tpu_interpret")
 
 
 @pytest.mark.parametrize("cut", [1, 16, 20])
@@ -218,7 +280,7 @@ def test_packed_documents_equal_separate_ones():
             close(a, b, 1e-12)
 
 
-@pytest.mark.parametrize("impl", ["ref", "xla"])
+@pytest.mark.parametrize("impl", ["ref", *CHUNKED])
 def test_masked_tokens_leave_the_state_alone(impl):
     """Ragged rows: right padding with closed gates gives the short row's state, exactly."""
     shape = SHAPES[1]
@@ -244,12 +306,69 @@ def test_the_states_document():
     assert np.abs(goes_on[1] - empty[1]).max() > 1e-2
 
 
-def test_check_5_vmap_equals_a_loop():
-    shape = SHAPES[1]
+@pytest.mark.parametrize("impl", CHUNKED)
+def test_check_5_vmap_equals_a_loop(impl):
+    shape, options = SHAPES[1], dict(chunk=16, impl=impl)
     pairs = [jnp.stack(x) for x in zip(tensors(shape), tensors(shape, seed=5))]
-    got, _ = jax.vmap(lambda *x: mlstm(*x, chunk=16))(*pairs)
+    got, _ = jax.vmap(lambda *x: mlstm(*x, **options))(*pairs)
     for n in range(2):
-        close(got[n], mlstm(*(x[n] for x in pairs), chunk=16)[0], 1e-6)
+        close(got[n], mlstm(*(x[n] for x in pairs), **options)[0], 1e-5)
+
+
+def test_checks_5_and_10_on_eight_devices_as_on_one():
+    """Rows, heads and tokens cut over meshes: values and every gradient, through both states."""
+    script = Path(__file__).with_name("mlstm_on_mesh.py")
+    root = script.parents[2]
+    done = subprocess.run(
+        [sys.executable, str(script)], env=os.environ | {"PYTHONPATH": str(root)}, cwd=root,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 6 and all(len(row["differences"]) == 11 for row in rows)
+    for row in rows:
+        assert max(row["differences"]) < 2e-5, row
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_check_6_tpu_compiles_at_the_7b_shape(topology):
+    """Forward and backward, with documents: one Mosaic kernel forward, two more backward, and no
+    array of states of every token or of scores in the device's memory."""
+    pytest.importorskip("libtpu", reason="needs the aot extra")
+    from jax.experimental import topologies
+
+    place = jax.sharding.SingleDeviceSharding(
+        topologies.get_topology_desc(topology, "tpu").devices[0]
+    )
+    b, h, t, k, v = 1, 8, 2048, 256, 512
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    gates = [array(b, h, t, dtype=jnp.float32)] * 2
+    inputs = (array(b, h, t, k), array(b, h, t, k), array(b, h, t, v), *gates)
+    numbers = array(b, t, dtype=jnp.int32)
+
+    def loss(inputs, numbers):
+        return mlstm(*inputs, segment_ids=numbers, impl="tpu")[0].astype(jnp.float32).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(inputs, numbers).compile()
+    text = compiled.as_text()
+    kernels = [f"mlstm_{name}" for name in ("forward", "states", "backward")]
+    calls = [x for x in text.splitlines() if 'custom_call_target="tpu_custom_call"' in x]
+    assert [sum(name in x for x in calls) for name in kernels] == [1, 1, 1]
+    states, tokens = h * t // 256 * k * v * 2, h * t * v * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * states + 8 * tokens
+    assert compiled.cost_analysis()["flops"] > 2 * h * t * (4 * k * v)
+    wide = functools.partial(array, dtype=jnp.float32)
+    one = (array(b, h, k), array(b, h, k), array(b, h, v), wide(b, h), wide(b, h))
+    state = State(wide(b, h, k, v), wide(b, h, k), wide(b, h))
+    step = functools.partial(mlstm_step, impl="tpu")
+    compiled = jax.jit(step, donate_argnums=5).lower(*one, state).compile()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * h * k * v  # no second copy of the memory
+    assert memory.alias_size_in_bytes >= 4 * h * k * v
 
 
 def test_memory_of_the_gradient_is_flat_in_scores():
@@ -267,7 +386,7 @@ def test_memory_of_the_gradient_is_flat_in_scores():
 
 def test_mistakes_are_named():
     inputs = tensors(SHAPES[1])
-    with pytest.raises(ValueError, match="impl='cuda', allowed: auto, ref, xla"):
+    with pytest.raises(ValueError, match="impl='cuda', allowed: auto, ref, xla, tpu"):
         mlstm(*inputs, impl="cuda")
     with pytest.raises(ValueError, match=r"mlstm takes q, k \[B,H,T,K\]"):
         mlstm(*inputs[:4], inputs[4][:, :, :-1])

@@ -1,0 +1,174 @@
+"""What TPU compilers make of the kernels: schedules, slot use, spills; no TPU is needed.
+
+    python -m benchmarks.tpu_static --out=benchmarks/results/tpu_static.json
+
+For every kernel, shape and chip: VLIW bundles of one grid step (a bundle is a cycle, stalls aside),
+how much of the matrix, vector and other slots they use, registers spilt and filled, and from these
+a lower bound of the time (the larger of bundles and bytes) beside the roofline's (FLOPs over the
+chip's peak, bytes over its memory bandwidth) and the compiler's own estimate for the XLA
+formulation of the same work. The figures do not depend on the machine's load. Needs the extra
+`aot`; two minutes a chip on two cores.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+SLOTS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL")
+SUFFIX = "final_hlo-static-per-bundle-utilization.txt"
+
+
+def main(argv=None):
+    """Compiles each chip's kernels in a process of its own: dumps are switched on before jax."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--topology", default=",".join(CHIPS))
+    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--out", default="")
+    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.one:
+        return print(json.dumps(one(args.topology, args.one, args.chunk, args.tokens)))
+    rows = [row for name in args.topology.split(",") for row in _process(name, args)]
+    for row in rows:
+        print(json.dumps(row))
+    if args.out:
+        command = f"python -m benchmarks.tpu_static --chunk={args.chunk} --tokens={args.tokens}"
+        text = json.dumps({"command": command, "rows": rows}, indent=1)
+        Path(args.out).write_text(text + "\n")
+        print(f"written to {args.out}")
+
+
+def _process(name: str, args) -> list[dict]:
+    from training import topology
+
+    where = topology.parse(name)
+    topology.check_installed(where)
+    with tempfile.TemporaryDirectory() as folder:
+        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        env = os.environ | topology.environment(where) | {"LIBTPU_INIT_ARGS": dump}
+        command = [sys.executable, "-m", "benchmarks.tpu_static", f"--one={folder}"]
+        command += [f"--topology={name}", f"--chunk={args.chunk}", f"--tokens={args.tokens}"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def one(name: str, folder: str, chunk: int, tokens: int) -> list[dict]:
+    """Rows of one chip: the mLSTM at xLSTM 7B's head sizes, one sequence of 8 heads, bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    from kernels.mlstm import mlstm
+    from training import hlo, topology
+
+    where = topology.parse(name)
+    place = jax.sharding.SingleDeviceSharding(topology.devices(where)[0])
+    shape = dict(rows=1, heads=8, tokens=tokens, k=256, v=512)
+    b, h, t, k, v = shape.values()
+
+    def array(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    gates = [array(b, h, t, dtype=jnp.float32)] * 2
+    inputs = (array(b, h, t, k), array(b, h, t, k), array(b, h, t, v), *gates)
+
+    def forward(impl, size):
+        return lambda *x: mlstm(*x, impl=impl, chunk=size)[0]
+
+    def gradient(impl, size):
+        # Of a weighted sum, so that the gradient of h is an array as in a model.
+        def total(weight, *x):
+            return (mlstm(*x, impl=impl, chunk=size)[0].astype(jnp.float32) * weight).sum()
+
+        return jax.grad(total, argnums=(1, 2, 3, 4, 5))
+
+    def cycles(function, *arrays):
+        text = jax.jit(function).lower(*arrays).compile().as_text()
+        return hlo.analyse(text, 1).cycles
+
+    for function, arrays in (
+        (forward("tpu", chunk), inputs),
+        (gradient("tpu", chunk), (array(b, h, t, v), *inputs)),
+    ):
+        jax.jit(function).lower(*arrays).compile()
+    schedules = {
+        kernel: read(folder, f"mlstm_{kernel}") for kernel in ("forward", "states", "backward")
+    }
+    # The XLA formulation at the chunk that its own estimate likes best.
+    xla_forward, xla_both = {}, {}
+    for size in (64, 128, 256):
+        xla_forward[size] = cycles(forward("xla", size), *inputs)
+        xla_both[size] = cycles(gradient("xla", size), array(b, h, t, v), *inputs)
+    steps, chip = b * h * t // chunk, where.chip
+    found = []
+    for kernel, schedule in schedules.items():
+        flops, moved = work(kernel, chunk, k, v)
+        limits = {"matrix": flops / chip.peak, "memory": moved / chip.hbm_rate}
+        seconds = schedule["bundles"] / chip.clock
+        found.append(
+            dict(op="mlstm", kernel=kernel, chip=where.kind, chunk=chunk, grid_steps=steps)
+            | schedule
+            | {
+                "ms_bundles": _round(steps * seconds * 1e3),
+                "ms_matrix_unit": _round(steps * limits["matrix"] * 1e3),
+                "ms_memory": _round(steps * limits["memory"] * 1e3),
+                "over_bound": _round(max(seconds, limits["memory"]) / max(limits.values())),
+            }
+        )
+    kernels = [max(row["ms_bundles"], row["ms_memory"]) for row in found]
+    for name, ours, theirs in (
+        ("forward", kernels[0], xla_forward),
+        ("forward + backward", sum(kernels), xla_both),
+    ):
+        best = min(theirs, key=theirs.get)
+        xla = theirs[best] / chip.clock * 1e3
+        found.append(
+            dict(op="mlstm", compare=name, chip=where.kind, tokens=t, ms_kernels=_round(ours))
+            | {"ms_xla_estimate": _round(xla), "xla_chunk": best, "ratio": _round(xla / ours)}
+        )
+    return found
+
+
+def work(kernel: str, chunk: int, k: int, v: int) -> tuple[float, float]:
+    """(FLOPs of the matrix products, bytes to and from memory) of one chunk of one head."""
+    scores, values, memory = chunk * k, chunk * v, k * v
+    rows = 8 * 4 * chunk  # eight float32 numbers per token
+    match kernel:
+        case "forward":
+            products, arrays = scores + values + 2 * memory, 2 * (2 * scores + 2 * values)
+        case "states":
+            products, arrays = memory, 2 * (scores + values + memory)
+        case "backward":
+            products = 3 * scores + 2 * values + 4 * memory
+            arrays = 2 * (4 * scores + 3 * values + memory) + rows
+    return 2.0 * chunk * products, float(arrays + rows)
+
+
+def read(folder: str, kernel: str) -> dict:
+    """Bundles and slot use of a kernel, from the newest dump of its final schedule."""
+    files = [p for p in Path(folder).glob(f"*{kernel}*{SUFFIX}") if "pre-delay" not in p.name]
+    if not files:
+        raise RuntimeError(f"the compiler left no schedule of {kernel!r} in its dump")
+    lines = max(files, key=lambda p: p.stat().st_mtime_ns).read_text().splitlines()
+    capacity = [int(x) for x in lines[2].split()]
+    bundles = [[int(x) for x in line.split()] for line in lines[4:] if line.strip()]
+    used = [sum(column) for column in zip(*bundles)]
+    return {"bundles": len(bundles)} | {
+        slot.lower(): used[i] if slot in ("FILL", "SPILL") else _round(used[i] / len(bundles) / n)
+        for i, (slot, n) in enumerate(zip(SLOTS, capacity))
+    }
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,432 @@
+"""The mLSTM on TPUs: one fused Pallas (Mosaic) kernel forward, two backward.
+
+Grid (rows x heads, chunks), the chunks in order: the memory C of a head stays in VMEM in float32
+while its chunks stream through. Forward reads q, k, v and a few gate rows once and writes h once;
+no state and no score reaches HBM. Backward: a forward sweep stores the state before every chunk,
+in the type of k; then the chunks come in reverse order with the gradient of C in VMEM.
+
+What a kernel computes is kernels/mlstm/xla.py's algebra; the exponents come from gates.py as eight
+rows of a chunk, turned into columns inside. Gradients of the gates are sums over rows, finished
+outside in float32 from products taken before q's and k's gradients are rounded.
+
+Head sizes are padded to 128 lanes (zeros contribute nothing), T to whole chunks (tokens that
+neither write nor decay).
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from kernels.errors import NotSupported
+from kernels.mlstm import gates
+from kernels.mlstm.ref import EPS, State
+
+LANES = 128
+SUBLANES = 8  # gate rows of a chunk: one float32 tile
+R, C_, W, U, BOUND, GAMMA, DOCUMENT, DDEN = range(8)  # which row is what; backward: 1 / bound
+
+
+class Options(NamedTuple):
+    """What is fixed when compiling."""
+
+    chunk: int
+    eps: float
+    scale: float  # of q: the true head size counts, not the padded one
+    official_backward: bool
+    packed: bool  # documents end inside chunks
+    interpret: bool
+
+
+def mlstm(
+    q: Float[Array, "b h t k"],
+    k: Float[Array, "b h t k"],
+    v: Float[Array, "b h t v"],
+    i: Float[Array, "b h t"],
+    f: Float[Array, "b h t"],
+    state: State,
+    documents: Int[Array, "b t"] | None,
+    *,
+    eps: float = EPS,
+    chunk: int | None = None,
+    official_backward: bool = False,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b h t v"], State]:
+    """The reference's function for float32 and bfloat16; options as in kernels/mlstm/xla.py.
+
+    chunk: tokens per grid step, a multiple of 128 (of 16 when the row is shorter).
+    interpret: on the CPU, for tests.
+    """
+    if v.dtype not in (jnp.float32, jnp.bfloat16) or state.C.dtype != jnp.float32:
+        raise NotSupported(f"mlstm on TPU takes float32 or bfloat16, not {v.dtype}")
+    rows, heads, length, width = q.shape
+    out = v.shape[-1]
+    chunk = chunk or default_chunk(length)
+    if chunk % 16:
+        raise NotSupported(f"mlstm on TPU needs a chunk that is a multiple of 16, not {chunk}")
+    packed = documents is not None
+    if not packed:
+        documents = jnp.zeros((rows, length), jnp.int32)
+    options = Options(chunk, eps, width**-0.5, official_backward, packed, interpret)
+    q, k, v = (_pad(_pad(x, 2, chunk), 3, LANES) for x in (q, k, v))
+    C = _pad(_pad(state.C, 2, LANES), 3, LANES)
+    i = _pad(i.astype(jnp.float32), 2, chunk, gates.NEVER)
+    log_f = _pad(jax.nn.log_sigmoid(f.astype(jnp.float32)), 2, chunk)
+    more = i.shape[2] - length
+    documents = jnp.pad(documents, ((0, 0), (0, more)), mode="edge")
+    n = _pad(state.n, 2, LANES)
+    h, (C, n, m) = _chunkwise(options, q, k, v, i, log_f, C, n, state.m, documents)
+    return h[:, :, :length, :out], State(C[:, :, :width, :out], n[..., :width], m)
+
+
+def default_chunk(length: int) -> int:
+    """256 tokens fill the matrix unit; shorter rows take less."""
+    if length >= 256:
+        return 256
+    return 128 if length > 64 else -(-length // 16) * 16
+
+
+def _pad(x, axis, multiple, value=0.0):
+    more = -x.shape[axis] % multiple
+    if not more:
+        return x
+    widths = [(0, more if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+# ---------------------------------------------------------------- inside the kernels
+
+
+def _dot(x, y, contract):
+    """Product over one axis of each; float32 operands in full float32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, dims, precision, preferred_element_type=jnp.float32)
+
+
+def _columns(rows):
+    """[8, L] rows -> [L, 8]: a column broadcasts over lanes."""
+    return rows.T
+
+
+def _weights(rows, columns, packed):
+    """E [L, L]: exp(r_t + c_s) where token t sees token s, else 0."""
+    length = rows.shape[1]
+    t = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
+    s = jax.lax.broadcasted_iota(jnp.int32, (length, length), 1)
+    seen = s <= t
+    if packed:
+        seen &= columns[:, DOCUMENT : DOCUMENT + 1] == rows[DOCUMENT : DOCUMENT + 1]
+    exponent = columns[:, R : R + 1] + rows[C_ : C_ + 1]
+    return jnp.exp(jnp.where(seen, exponent, gates.NEVER))
+
+
+def _forward_kernel(options, q_ref, k_ref, v_ref, rows_ref, C0_ref, n0_ref,
+                    h_ref, den_ref, C_ref, n_ref):  # fmt: skip
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        C_ref[...] = C0_ref[...]
+        n_ref[...] = n0_ref[...]
+
+    q, k, v, rows = q_ref[...], k_ref[...], v_ref[...], rows_ref[...]
+    C, n = C_ref[...], n_ref[...]
+    columns = _columns(rows)
+    w = options.scale * columns[:, W : W + 1]
+    S = _dot(q, k, (1, 1)) * (options.scale * _weights(rows, columns, options.packed))
+    num = w * _dot(q, C.astype(q.dtype), (1, 0)) + _dot(S.astype(v.dtype), v, (1, 0))
+    den = w * (q.astype(jnp.float32) * n).sum(1, keepdims=True) + S.sum(1, keepdims=True)
+    bound = jnp.maximum(jnp.abs(den), columns[:, BOUND : BOUND + 1]) + options.eps
+    h_ref[...] = (num / bound).astype(h_ref.dtype)
+    den_ref[...] = den.T
+    _advance(k, v, rows, columns, C, n, C_ref, n_ref)
+
+
+def _advance(k, v, rows, columns, C, n, C_ref, n_ref):
+    """The state after a chunk."""
+    gamma = rows[GAMMA : GAMMA + 1, 0:1]
+    ku = columns[:, U : U + 1] * k.astype(jnp.float32)
+    C_ref[...] = gamma * C + _dot(ku.astype(k.dtype), v, (0, 0))
+    n_ref[...] = gamma * n + ku.sum(0, keepdims=True)
+
+
+def _states_kernel(options, k_ref, v_ref, rows_ref, C0_ref, n0_ref, Cs_ref, ns_ref, C_ref, n_ref):
+    """Stores the state before each chunk."""
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        C_ref[...] = C0_ref[...]
+        n_ref[...] = n0_ref[...]
+
+    rows, C, n = rows_ref[...], C_ref[...], n_ref[...]
+    Cs_ref[...] = C.astype(Cs_ref.dtype)
+    ns_ref[...] = n
+    _advance(k_ref[...], v_ref[...], rows, _columns(rows), C, n, C_ref, n_ref)
+
+
+def _backward_kernel(options, q_ref, k_ref, v_ref, dh_ref, rows_ref, Cs_ref, ns_ref,
+                     dC_last_ref, dn_last_ref, dq_ref, dk_ref, dv_ref, flow_ref,
+                     dC_ref, dn_ref):  # fmt: skip
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        dC_ref[...] = dC_last_ref[...]
+        dn_ref[...] = dn_last_ref[...]
+
+    wide = jnp.float32
+    q, k, v, rows = q_ref[...], k_ref[...], v_ref[...], rows_ref[...]
+    C, n, dC, dn = Cs_ref[...], ns_ref[...], dC_ref[...], dn_ref[...]
+    narrow = v.dtype
+    columns = _columns(rows)
+    w, u = options.scale * columns[:, W : W + 1], columns[:, U : U + 1]
+    dden, gamma = columns[:, DDEN : DDEN + 1], rows[GAMMA : GAMMA + 1, 0:1]
+    E = options.scale * _weights(rows, columns, options.packed)
+    S = (_dot(q, k, (1, 1)) * E).astype(narrow)
+    dnum = (dh_ref[...].astype(wide) * columns[:, BOUND : BOUND + 1]).astype(narrow)
+    P = ((_dot(dnum, v, (1, 1)) + dden) * E).astype(narrow)
+    dC_narrow = dC.astype(narrow)
+    dq = _dot(P, k, (1, 0)) + w * (_dot(dnum, C.astype(narrow), (1, 1)) + dden * n)
+    from_next = u * (_dot(v, dC_narrow, (1, 1)) + dn)
+    dk = _dot(P, q, (0, 0)) + from_next
+    dv = _dot(S, dnum, (0, 0)) + u * _dot(k, dC_narrow, (1, 0))
+    dq_ref[...], dk_ref[...] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype)
+    dv_ref[...] = dv.astype(dv_ref.dtype)
+    q, k = q.astype(wide), k.astype(wide)
+    # <C', dC'> + <n', dn'> of the outgoing state, without it: what came from the state before and
+    # what this chunk's tokens wrote.
+    carried = (C.astype(wide) * dC).sum((0, 1), keepdims=True) + (n * dn).sum(1, keepdims=True)
+    written = (k * from_next).sum((0, 1), keepdims=True)
+    sums = [(q * dq).sum(1, keepdims=True), (k * dk).sum(1, keepdims=True)]
+    into_next = jnp.broadcast_to(gamma * carried + written, sums[0].shape)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], SUBLANES), 1)
+    flow = jnp.where(lane == 0, sums[0], jnp.where(lane == 1, sums[1], into_next))
+    flow_ref[...] = flow.T
+    wq = w * q
+    dC_ref[...] = gamma * dC + _dot(wq.astype(narrow), dnum, (0, 0))
+    dn_ref[...] = gamma * dn + (wq * dden).sum(0, keepdims=True)
+
+
+# ---------------------------------------------------------------- around the kernels
+
+
+class _Plan(NamedTuple):
+    """Sizes of one call; block specs of every kind of array."""
+
+    heads: int  # rows x heads
+    chunks: int
+    length: int
+    width: int
+    out: int
+    reverse: bool
+
+    def _at(self, head, chunk):
+        return head, (self.chunks - 1 - chunk if self.reverse else chunk)
+
+    def tokens(self, size):
+        """[heads, T, size]: one chunk of tokens."""
+        return pl.BlockSpec((None, self.length, size), lambda h, c: (*self._at(h, c), 0))
+
+    def per_chunk(self, *shape):
+        """[heads, chunks, ...]: what there is once per chunk."""
+        zeros = (0,) * len(shape)
+        return pl.BlockSpec((None, None, *shape), lambda h, c: (*self._at(h, c), *zeros))
+
+    def per_head(self, *shape):
+        """[heads, ...]: stays in VMEM for all chunks of a head."""
+        zeros = (0,) * len(shape)
+        return pl.BlockSpec((None, *shape), lambda h, c: (h, *zeros))
+
+
+def _plan(options, q, v, reverse=False):
+    heads, length = q.shape[0], q.shape[1]
+    chunks = length // options.chunk
+    return _Plan(heads, chunks, options.chunk, q.shape[-1], v.shape[-1], reverse)
+
+
+def _call(kernel, options, plan, inputs, in_specs, out_shapes, out_specs, name, flops):
+    """One pallas_call over (heads, chunks), with the bytes and FLOPs that the compiler counts."""
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*inputs, *out_shapes))
+    exps = plan.heads * plan.chunks * plan.length**2
+    return pl.pallas_call(
+        functools.partial(kernel, options),
+        grid=(plan.heads, plan.chunks),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shapes,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=exps, bytes_accessed=moved),
+        interpret=options.interpret,
+        name=name,
+    )(*inputs)
+
+
+def products(plan: _Plan) -> dict[str, int]:
+    """FLOPs of every kernel's matrix products."""
+    length, width, out = plan.length, plan.width, plan.out
+    scores, values, memory = length * width, length * out, width * out
+    per = 2 * plan.heads * plan.chunks * length
+    return {
+        "forward": per * (scores + values + 2 * memory),
+        "states": per * memory,
+        "backward": per * (3 * scores + 2 * values + 4 * memory),
+    }
+
+
+def _shape(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _chunked(options, i, log_f, documents, m) -> gates.Rows:
+    """Gate rows, computed outside the kernels."""
+    rows, heads, length = i.shape
+    cut = (length // options.chunk, options.chunk)
+    return gates.rows(
+        i.reshape(rows, heads, *cut),
+        log_f.reshape(rows, heads, *cut),
+        documents.reshape(rows, *cut),
+        m,
+    )
+
+
+def _stack(found: gates.Rows, documents, bound, dden=None) -> Float[Array, "bh c 8 l"]:
+    """The eight rows of every chunk."""
+    shape = found.r.shape
+    gamma = jnp.broadcast_to(found.gamma[..., None], shape)
+    numbers = documents.astype(jnp.float32).reshape(shape[0], 1, *shape[2:])
+    numbers = jnp.broadcast_to(numbers, shape)
+    dden = jnp.zeros(shape) if dden is None else dden
+    parts = [found.r, found.c, found.w, found.u, bound, gamma, numbers, dden]
+    stacked = jnp.stack(parts, axis=3)
+    return stacked.reshape(-1, *stacked.shape[2:])
+
+
+def _merge(x):
+    """[b, h, ...] -> [b h, ...]."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunkwise(options, q, k, v, i, log_f, C, n, m, documents):
+    return _run(options, q, k, v, i, log_f, C, n, m, documents)[0]
+
+
+def _run(options, q, k, v, i, log_f, C, n, m, documents):
+    """((h, state), den [b, h, t])."""
+    batch = q.shape[:2]
+    found = _chunked(options, i, log_f, documents, m)
+    rows = _stack(found, documents, found.bound)
+    inputs = (_merge(q), _merge(k), _merge(v), rows, _merge(C), _merge(n)[:, None])
+    plan = _plan(options, inputs[0], inputs[2])
+    heads, chunks, length, width, out = plan[:5]
+    memory, normaliser = plan.per_head(width, out), plan.per_head(1, width)
+    h, den, C, n = _call(
+        _forward_kernel,
+        options,
+        plan,
+        inputs,
+        [plan.tokens(width), plan.tokens(width), plan.tokens(out)]
+        + [plan.per_chunk(SUBLANES, length), memory, normaliser],
+        [
+            _shape(heads, chunks * length, out, dtype=v.dtype),
+            _shape(heads, chunks, 1, length),
+            _shape(heads, width, out),
+            _shape(heads, 1, width),
+        ],
+        [plan.tokens(out), plan.per_chunk(1, length), memory, normaliser],
+        "mlstm_forward",
+        products(plan)["forward"],
+    )
+    state = (C.reshape(*batch, width, out), n.reshape(*batch, width), found.m)
+    return (h.reshape(*batch, -1, out), state), den.reshape(*batch, -1)
+
+
+def _forward(options, q, k, v, i, log_f, C, n, m, documents):
+    (h, state), den = _run(options, q, k, v, i, log_f, C, n, m, documents)
+    return (h, state), (q, k, v, i, log_f, C, n, m, documents, h, den)
+
+
+def _backward(options, residuals, cotangents):
+    q, k, v, i, log_f, C, n, m, documents, h, den = residuals
+    dh, (dC, dn, _) = cotangents
+    batch = q.shape[:2]
+    found = _chunked(options, i, log_f, documents, m)
+    den = den.reshape(found.bound.shape)
+    bound = jnp.maximum(jnp.abs(den), found.bound) + options.eps
+    dden = jnp.zeros_like(den)
+    if not options.official_backward:
+        along = (dh.astype(jnp.float32) * h.astype(jnp.float32)).sum(-1).reshape(den.shape)
+        dden = jnp.where(jnp.abs(den) > found.bound, -jnp.sign(den) * along / bound, 0.0)
+    rows = _stack(found, documents, 1.0 / bound, dden)
+    q, k, v, dh = (_merge(x) for x in (q, k, v, dh))
+    Cs, ns = _states(options, k, v, rows, _merge(C), _merge(n)[:, None])
+    plan = _plan(options, q, v, reverse=True)
+    heads, chunks, length, width, out = plan[:5]
+    memory, normaliser = plan.per_head(width, out), plan.per_head(1, width)
+    dq, dk, dv, flow, dC, dn = _call(
+        _backward_kernel,
+        options,
+        plan,
+        (q, k, v, dh, rows, Cs, ns, _merge(dC), _merge(dn)[:, None]),
+        [plan.tokens(width), plan.tokens(width), plan.tokens(out), plan.tokens(out)]
+        + [plan.per_chunk(SUBLANES, length), plan.per_chunk(width, out)]
+        + [plan.per_chunk(1, width), memory, normaliser],
+        [
+            _shape(*q.shape, dtype=q.dtype),
+            _shape(*k.shape, dtype=k.dtype),
+            _shape(*v.shape, dtype=v.dtype),
+            _shape(heads, chunks, SUBLANES, length),
+            _shape(heads, width, out),
+            _shape(heads, 1, width),
+        ],
+        [plan.tokens(width), plan.tokens(width), plan.tokens(out)]
+        + [plan.per_chunk(SUBLANES, length), memory, normaliser],
+        "mlstm_backward",
+        products(plan)["backward"],
+    )
+    flow = flow.reshape(*batch, chunks, SUBLANES, length)
+    di = flow[:, :, :, 1]
+    dlog_f = flow[:, :, :, 0] - di
+    if options.official_backward:  # one sum over the whole row, nothing from the last state
+        dlog_f = dlog_f.reshape(*batch, -1)
+    dlog_f = jnp.cumsum(dlog_f[..., ::-1], axis=-1)[..., ::-1]
+    if not options.official_backward:
+        dlog_f += flow[:, :, :, 2]
+    dq, dk, dv = (x.reshape(*batch, *x.shape[1:]) for x in (dq, dk, dv))
+    dC, dn = dC.reshape(*batch, width, out), dn.reshape(*batch, width)
+    shape = (*batch, chunks * length)
+    return dq, dk, dv, di.reshape(shape), dlog_f.reshape(shape), dC, dn, jnp.zeros_like(m), None
+
+
+def _states(options, k, v, rows, C, n):
+    """State before every chunk: C [bh, chunks, K, V] in the type of k, n [bh, chunks, 1, K]."""
+    plan = _plan(options, k, v)
+    heads, chunks, length, width, out = plan[:5]
+    memory, normaliser = plan.per_head(width, out), plan.per_head(1, width)
+    return _call(
+        _states_kernel,
+        options,
+        plan,
+        (k, v, rows, C, n),
+        [
+            plan.tokens(width),
+            plan.tokens(out),
+            plan.per_chunk(SUBLANES, length),
+            memory,
+            normaliser,
+        ],
+        [
+            _shape(heads, chunks, width, out, dtype=k.dtype),
+            _shape(heads, chunks, 1, width),
+            _shape(heads, width, out),
+            _shape(heads, 1, width),
+        ],
+        [plan.per_chunk(width, out), plan.per_chunk(1, width), memory, normaliser],
+        "mlstm_states",
+        products(plan)["states"],
+    )[:2]
+
+
+_chunkwise.defvjp(_forward, _backward)
