@@ -57,9 +57,16 @@ def _glyph_classifier(config):
     return glyph_classifier.build(config)
 
 
+def _xlstm(config):
+    from models import xlstm
+
+    return xlstm.build(config)
+
+
 # Builders import lazily: a run pays only for the model it trains.
 MODELS: dict[str, Callable[..., Model]] = {
     "unifluid": _unifluid,
     "kl_vae": _kl_vae,
     "glyph_classifier": _glyph_classifier,
+    "xlstm": _xlstm,
 }

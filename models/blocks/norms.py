@@ -1,4 +1,4 @@
-"""RMSNorm with Gemma's (1 + w) and LayerNorm, both computed in float32."""
+"""RMSNorm, with Gemma's (1 + w) unless told otherwise, and LayerNorm, both in float32."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from jaxtyping import Array, Float
 
 
 def rms_norm(
-    x: Float[Array, "... d"], weight: Float[Array, "d"], eps: float = 1e-6
+    x: Float[Array, "... d"], weight: Float[Array, "d"], eps: float = 1e-6, offset: float = 1.0
 ) -> Float[Array, "... d"]:
-    """x / sqrt(mean(x²) + eps) · (1 + w), all in float32, cast back after the product."""
+    """x / sqrt(mean(x²) + eps) · (offset + w), all in float32, cast back after the product."""
     x32 = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(variance + eps) * (1.0 + weight)).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(variance + eps) * (offset + weight)).astype(x.dtype)
 
 
 def layer_norm(
@@ -35,15 +35,18 @@ def layer_norm(
 
 
 class RMSNorm(nn.Module):
-    """rms_norm with its weight, which starts at 0 (so the factor starts at 1)."""
+    """rms_norm with its weight, which starts at 1 - offset (so the factor starts at 1)."""
 
     eps: float = 1e-6
     axis: str = "norm"
+    offset: float = 1.0  # Gemma's; 0 for norms published with their factor
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis,))
-        return rms_norm(x, self.param("scale", init, x.shape[-1:], jnp.float32), self.eps)
+        start = nn.initializers.constant(1.0 - self.offset)
+        init = nn.with_logical_partitioning(start, (self.axis,))
+        scale = self.param("scale", init, x.shape[-1:], jnp.float32)
+        return rms_norm(x, scale, self.eps, self.offset)
 
 
 class LayerNorm(nn.Module):
