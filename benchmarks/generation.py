@@ -144,7 +144,10 @@ class PythonHead:
 
 def build(args):
     """(config, model, params, prompt arrays, sampler settings)."""
-    config = load_config(args.config, **{"model.vocab_size": 4096, "precision": args.precision})
+    fixed = {"model.vocab_size": 4096, "precision": args.precision, "data.questions": 1}
+    config = load_config(args.config, **fixed)
+    if "patch" in config.model.vae:
+        config.model.vae.patch = 1  # :full draws four latents a token: 64 tokens instead of 16
     model = MODELS[config.model.name](config)
     params = common.random_params(lambda key: model.init(key)[0])
     batch = common.random_batch(model.batches["image_text"], config.model.vocab_size)

@@ -8,7 +8,7 @@ and, at 32 and 64 px, at tokenizers small enough to be shipped with the code.
 | variant | trains | where, how long |
 | --- | --- | --- |
 | (none) | 32 px to 16 tokens of 16, 0.9 M parameters, glyphs and scenes | 2 CPU cores, minutes |
-| 64 | the same network at 64 px: 64 tokens of 16 | 2 CPU cores, an hour |
+| 64 | the same network at 64 px: 64 tokens of 16 | 1 CPU core, 16 minutes |
 | decoder | the shipped 32 px decoder alone, further; tokens stay what they are | minutes |
 | debug | 20 steps of the default | under a minute |
 | kl16 | MAR's 66 M parameters, 256 px to 256 tokens of 16, LPIPS, PatchGAN, your data | pods |

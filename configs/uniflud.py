@@ -9,7 +9,7 @@ Data: OpenMoji glyphs with their CLDR names in 14 languages and scenes composed 
 | --- | --- | --- |
 | (none) | some glyphs and scenes, 32 px in 16 tokens, 3 M parameters | 2 CPU cores, 9 minutes |
 | debug | the same with a tiny model, a few steps | a minute at first, then less |
-| full | all glyphs and scenes, 64 px in 64 tokens | CPU hours, GPU minutes |
+| full | all glyphs, 64 px in 16 tokens; more scenes, packed questions | 2 CPU cores, 1.5 hours |
 | edit | edits of composed scenes, from the weights of the default run | minutes |
 | 0.7b, 2b | the paper's sizes, 256 px, your own pictures (config.data.path) | TPU or GPU pods |
 """
@@ -78,7 +78,7 @@ def _debug(config):
 
 
 def _full(config):
-    config.steps, config.batch_size = 40_000, 64
+    config.steps, config.batch_size, config.model.lam = 4300, 64, 0.05
     config.model.update(image_size=64, picture_alone=True)
     config.model.decoder.update(width=256, layers=5, mlp=768, heads=4, kv_heads=2, head_dim=64)
     config.model.vit.update(width=192, layers=4, mlp=576, image_size=64)
@@ -86,21 +86,24 @@ def _full(config):
     config.model.head.update(width=320, depth=3)
     weights = "models/tokenizers/weights/kl_vae_64.safetensors"
     config.data.update(
-        first_lang=0.0,
-        scenes=20_000,
-        scene_glyphs=100,
         categories=("all",),
         skin_tones=True,
         image_size=64,
         latents=weights,
+        mix=dict(t2i=12.0, caption=1.0, vqa=3.0),
+        scenes=20_000,
+        scene_glyphs=32,
+        questions=8,
+        first_lang=0.25,
         prompt_length=24,
         text_length=72,
-        questions=8,
     )
     config.init_from = f"vae={weights}"
-    config.schedule.update(warmup=500, decay=10_000)
-    config.ema.decay = 0.9995
-    config.checkpoint.every = 1000
+    config.optimizer.lr = 1.5e-3
+    config.schedule.update(warmup=200, decay=1300)
+    config.ema.decay = 0.999
+    config.checkpoint.every = 250
+    config.evaluation.update(captions=256, questions=400, prompts=240)
 
 
 def _edit(config):

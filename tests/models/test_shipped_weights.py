@@ -1,0 +1,54 @@
+"""The weights that come with the repository: what the default run and its evaluators rest on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.linen import meta
+from ml_collections import ConfigDict
+
+from configs.data import data_config
+from configs.evals import eval_config
+from eval import common, data, metrics, retrieval
+from export.load import load_pretrained
+from input_pipeline import openmoji
+from models.tokenizers import kl_vae, kl_vae_weights
+
+
+def tokenizer(size):
+    """Function of uint8 pictures: through the shipped tokenizer and back."""
+    cfg = kl_vae.SIZES[f"small_{size}"]
+    abstract = jax.eval_shape(lambda: meta.unbox(kl_vae.init(jax.random.key(0), cfg)))
+    path = data.ROOT / f"models/tokenizers/weights/kl_vae_{size}.safetensors"
+    assert path.stat().st_size < 2_000_000
+    params = load_pretrained(path, kl_vae_weights.weight_map(cfg), abstract)
+
+    @jax.jit
+    def rebuild(images):
+        return kl_vae.decode(params, cfg, kl_vae.posterior_mean(kl_vae.encode(params, cfg, images)))
+
+    return lambda images: common.to_uint8(np.asarray(rebuild(common.to_float(images))))
+
+
+@pytest.mark.parametrize("size, least", [(32, 20.0), (64, 24.0)])
+def test_tokenizer_and_classifier(size, least):
+    """Held-out food glyphs survive the tokenizer, and the classifier knows rebuilt pictures again:
+    the ceiling of what retrieval can report for drawn ones."""
+    settings = ConfigDict(
+        dict(
+            data=data_config(source="openmoji", categories=("food",), image_size=size),
+            evaluation=eval_config(),
+        )
+    )
+    rebuild = tokenizer(size)
+    held_out = openmoji.load(settings.data, "test", size)
+    real = held_out.pictures.gather(np.arange(len(held_out)))
+    assert metrics.psnr(rebuild(real), real).mean() > least
+    train = openmoji.load(settings.data, "train", size)
+    rows = data.one_per_group(train, 64, seed=0)
+    real, group = train.pictures.gather(rows), np.array([data.group_of(train, r) for r in rows])
+    features = data.classifier_features(settings)
+    found, own = (np.asarray(features(common.to_float(x))) for x in (rebuild(real), real))
+    sets = retrieval.candidate_sets(group, group, len(rows) - 1, seed=0)
+    rank = retrieval.ranks(found, own, own, sets)
+    assert (rank == 0).mean() > 0.9 and jnp.isfinite(found).all()
