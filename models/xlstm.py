@@ -271,7 +271,7 @@ class XLSTM(nn.Module):
         return self.logits(self(tokens, None, segment_ids)[0])
 
 
-def init_state(cfg: XLSTMConfig, rows: int) -> State:
+def init_state(cfg: XLSTMConfig, rows: int, max_len: int = 0) -> State:
     """Empty state of all layers, on a leading axis; float32, whatever the text's length."""
     one = empty_state(rows, cfg.heads, cfg.dq, cfg.dv)
     return jax.tree.map(lambda x: jnp.zeros((cfg.layers, *x.shape), x.dtype), one)
@@ -376,6 +376,21 @@ def _cell_names(cfg: XLSTMConfig, cell: str, stacked: dict) -> dict:
     return rules
 
 
+def predict(net: XLSTM) -> dict:
+    """What samplers, evaluators and exporters call."""
+
+    def logits(params, batch):
+        return _apply(net, params, batch["tokens"], batch.get("segment_ids"), method="text")
+
+    return {
+        "logits": logits,
+        "text_nll": functools.partial(text_nll, net),
+        "init_state": functools.partial(init_state, net.cfg),
+        "prefill": functools.partial(prefill, net),
+        "extend": functools.partial(extend, net),
+    }
+
+
 def build(config) -> Model:
     """The language model behind the seam of models/__init__.py."""
     cfg = sized(SIZES, config.model.xlstm, "model.xlstm")
@@ -387,23 +402,12 @@ def build(config) -> Model:
         tokens = jnp.zeros((1, 2), jnp.int32)
         return net.init(rng, tokens, method="text")["params"], {}
 
-    def bind(function):
-        return functools.partial(function, net)
-
     ints = jax.ShapeDtypeStruct((config.batch_size, config.data.length), jnp.int32)
     return Model(
         init=init,
-        loss=bind(loss),
+        loss=functools.partial(loss, net),
         norms=norms,
-        predict={
-            "logits": lambda params, batch: _apply(
-                net, params, batch["tokens"], batch.get("segment_ids"), method="text"
-            ),
-            "text_nll": bind(text_nll),
-            "init_state": functools.partial(init_state, cfg),
-            "prefill": bind(prefill),
-            "extend": bind(extend),
-        },
+        predict=predict(net),
         batches={"text": dict(tokens=ints, segment_ids=ints, positions=ints)},
         weights=weight_map(cfg),
     )
