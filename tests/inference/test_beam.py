@@ -27,7 +27,7 @@ def model_of(logp):
         cache = {"code": cache["code"] * (VOCAB + 1) + x[None, :, 0] + 1, "row": cache["row"]}
         return jnp.stack([cache["row"][0], cache["code"][0]], axis=-1), cache
 
-    def prefill(params, x, valid, cache):
+    def prefill(params, x, valid, cache, picture=0):
         cache = {"code": jnp.zeros((1, rows), jnp.int32), "row": jnp.arange(rows)[None]}
         return jnp.stack([cache["row"][0], cache["code"][0]], axis=-1), jnp.zeros(rows, int), cache
 
