@@ -20,11 +20,11 @@ def choose(
     op: str,
     impl: str,
     implementations: Mapping[str, Callable],
-    auto: Sequence[str] | Mapping[str, Sequence[str]],
+    auto: Mapping[str, Sequence[str]],
 ) -> tuple[Callable, str]:
-    """(function, name) of a named implementation, or one that tries `auto` in order.
+    """(function, name) of a named implementation, or one that tries those of `auto` in order.
 
-    auto: names, or names by platform, "cpu" standing for every platform that is not there.
+    auto: names by platform; "cpu" stands for every platform that is not there.
 
     A named implementation never falls back; "auto" goes on to the next only on NotSupported, and
     logs once what it took.
@@ -37,8 +37,7 @@ def choose(
 
     def first_that_can(*args, **kwargs):
         reasons = []
-        names = auto.get(platform(), auto["cpu"]) if isinstance(auto, Mapping) else auto
-        for name in names:
+        for name in auto.get(platform(), auto["cpu"]):
             try:
                 out = implementations[name](*args, **kwargs)
             except NotSupported as error:

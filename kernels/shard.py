@@ -16,15 +16,17 @@ from jax.sharding import PartitionSpec
 Names = tuple[str | None, ...]
 
 
-def mesh_axes(name: str | None, size: int) -> tuple[str, ...]:
+def mesh_axes(name: str | None, size: int = 0) -> tuple[str, ...]:
     """Mesh axes of more than one device that cut an axis of this logical name and size.
 
-    A size that they do not divide stays whole, as in training/sharding.py.
+    A size that they do not divide stays whole, as in training/sharding.py; 0 asks for any size.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if name is None or mesh.empty:
+    rules, mesh = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh()
+    if name is None or not rules or mesh.empty:
         return ()
-    axes = dict(nn.get_logical_axis_rules()).get(name) or ()
+    if name not in rules:
+        raise ValueError(f"unknown logical axis name {name!r}; known: {', '.join(rules)}")
+    axes = rules[name] or ()
     axes = (axes,) if isinstance(axes, str) else axes
     axes = tuple(a for a in axes if mesh.shape[a] > 1 and a not in mesh.manual_axes)
     return axes if size % math.prod(mesh.shape[a] for a in axes) == 0 else ()
@@ -35,22 +37,18 @@ def spec(names: Names, shape: Sequence[int]) -> PartitionSpec:
     return PartitionSpec(*(mesh_axes(n, s) or None for n, s in zip(names, shape, strict=True)))
 
 
-def call(function: Callable, inputs: Any, names: Any, outputs: Any) -> Any:
+def call(function: Callable, inputs: Any, names: Any, like: Any, out_names: Any) -> Any:
     """function(*inputs) on each device's part.
 
-    names: logical names of every array in `inputs`, as a tree of tuples; outputs: PartitionSpecs
-    of the result. Arrays that no mesh axis cuts are whole on every device.
+    names: logical names of every array in `inputs`, as a tree of tuples; out_names: the same for
+    the result, whose arrays have the shapes of `like`. What no mesh axis cuts is whole everywhere.
     """
-    specs = jax.tree.map(
-        lambda x, axes: spec(axes, x.shape), inputs, names, is_leaf=lambda x: x is None
-    )
-    cut = [s for s in jax.tree.leaves(specs, is_leaf=_is_spec) if any(s)]
-    if not cut:
+
+    def specs(arrays, names):
+        return jax.tree.map(lambda x, axes: spec(axes, x.shape), arrays, names)
+
+    cut = specs(inputs, names)
+    if not any(map(any, jax.tree.leaves(cut, is_leaf=lambda x: isinstance(x, PartitionSpec)))):
         return function(*inputs)
-    return jax.shard_map(
-        function, in_specs=tuple(specs), out_specs=outputs, check_vma=False
-    )(*inputs)  # fmt: skip
-
-
-def _is_spec(x) -> bool:
-    return isinstance(x, PartitionSpec)
+    out = specs(like, out_names)
+    return jax.shard_map(function, in_specs=cut, out_specs=out, check_vma=False)(*inputs)

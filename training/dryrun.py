@@ -252,7 +252,8 @@ def estimate(program, executed: int, memory: dict, topology, accumulate: int) ->
     """
     chip = topology.chip
     if chip.clock:
-        kernels = sum(max(f / chip.peak, b / chip.hbm_rate) for f, b in program.kernels)
+        limits = [(k.flops / chip.peak, k.moved / chip.hbm_rate) for k in program.kernels]
+        kernels = sum(map(max, limits))
         compute = program.cycles / chip.clock + kernels
     else:
         products = executed / topology.count / (chip.peak * chip.efficiency)

@@ -40,13 +40,20 @@ class Collective(NamedTuple):
     hidden: bool
 
 
+class Kernel(NamedTuple):
+    """A custom kernel that carries a cost estimate; all its runs in one run of the program."""
+
+    name: str
+    flops: float
+    moved: float  # bytes
+
+
 class Program(NamedTuple):
-    """cycles: the compiler's own estimate over all fusions (TPU; 0 elsewhere), loops unrolled.
-    kernels: [(FLOPs, bytes)] of custom kernels that carry a cost estimate, likewise."""
+    """cycles: the compiler's own estimate over all fusions (TPU; 0 elsewhere), loops unrolled."""
 
     collectives: list[Collective]
     cycles: float
-    kernels: list[tuple[float, float]]
+    kernels: list[Kernel]
 
 
 def analyse(text: str, devices: int) -> Program:
@@ -63,7 +70,8 @@ def analyse(text: str, devices: int) -> Program:
                 cycles += times[name] * int(match[1])
             if instruction.opcode == "custom-call" and "cost_estimate" in instruction.rest:
                 flops, moved = _estimate(instruction.rest)
-                kernels.append((times[name] * flops, times[name] * moved))
+                runs = times[name]
+                kernels.append(Kernel(instruction.name, runs * flops, runs * moved))
             found = _collective(name, instruction, times[name], devices)
             if found is None:
                 continue

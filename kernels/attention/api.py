@@ -8,7 +8,7 @@ from kernels.attention.mask import MaskSpec
 
 IMPLEMENTATIONS = {"ref": ref.attention, "xla": xla.attention}
 # Tried in this order by impl="auto"; the last one takes everything.
-AUTO = ("xla",)
+AUTO = {"cpu": ("xla",)}
 
 
 def attention(

@@ -78,11 +78,7 @@ def _on_mesh(run, q, k, v, i, f, state, documents):
             return context.along(seq, run, q, k, v, i, f, state, documents)
         return run(q, k, v, i, f, state, documents)
 
-    outputs = (
-        shard.spec(names[2], v.shape),
-        State(*(shard.spec(n, x.shape) for n, x in zip(memory, state))),
-    )
-    return shard.call(part, inputs, names, outputs)
+    return shard.call(part, inputs, names, (v, state), (names[2], memory))
 
 
 def mlstm_step(
@@ -102,11 +98,8 @@ def mlstm_step(
     inputs = (q, k, v, i, f, state)
     memory = State((*head, None, None), (*head, None), head)
     names = (*((*head, None),) * 3, head, head, memory)
-    outputs = (
-        shard.spec(names[2], v.shape),
-        State(*(shard.spec(n, x.shape) for n, x in zip(memory, state))),
-    )
-    return shard.call(functools.partial(run, eps=eps), inputs, names, outputs)
+    run = functools.partial(run, eps=eps)
+    return shard.call(run, inputs, names, (v, state), (names[2], memory))
 
 
 def _documents(segment_ids, state_segment):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels.mlstm.ref import State
+from kernels.mlstm.xla import dot
 
 
 class Summary(NamedTuple):
@@ -40,11 +41,7 @@ def summarise(k, v, i, log_f, documents: Int[Array, "b t"], before: Int[Array, "
     m = jax.lax.stop_gradient(A.max(-1))  # a gauge
     weights = jnp.where(lasting, jnp.exp(jnp.where(lasting, A - m[..., None], 0.0)), 0.0)
     written = weights[..., None] * k.astype(weights.dtype)
-    precision = "highest" if v.dtype == weights.dtype else None
-    C = jnp.einsum(
-        "bhtk,bhtv->bhkv", written.astype(v.dtype), v,
-        preferred_element_type=weights.dtype, precision=precision,
-    )  # fmt: skip
+    C = dot("bhtk,bhtv->bhkv", written, v)
     kept = (before == documents[:, -1])[:, None]
     return Summary(jnp.where(kept, log_f.sum(-1), -jnp.inf), C, written.sum(2), m)
 

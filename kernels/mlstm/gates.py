@@ -29,7 +29,6 @@ class Rows(NamedTuple):
     u: Float[Array, "b h c l"]  # to the next state; 0 where that belongs to another document
     bound: Float[Array, "b h c l"]  # exp(-m_t), the least denominator
     gamma: Float[Array, "b h c"]  # from state to state
-    m: Float[Array, "b h"]  # gauge of the last state
 
 
 def _running_max(x: Float[Array, "b h c l"], documents: Int[Array, "b c l"]):
@@ -61,8 +60,11 @@ def rows(
     log_f: Float[Array, "b h c l"],
     documents: Int[Array, "b c l"],
     m: Float[Array, "b h"],
-) -> Rows:
-    """Rows of every chunk; the state before the first one belongs to document 0 and has gauge m."""
+) -> tuple[Rows, Float[Array, "b h"]]:
+    """(rows of every chunk, gauge of the last state).
+
+    The state before the first chunk belongs to document 0 and has gauge m.
+    """
     b = jnp.cumsum(log_f, axis=-1)
     # Summed from the end, not b_L - b_s: that would cancel.
     after = jnp.cumsum(log_f[..., ::-1], axis=-1)[..., ::-1] - log_f
@@ -81,12 +83,12 @@ def rows(
     def exp(x, visible):
         return jnp.where(visible, jnp.exp(jnp.where(visible, x, 0.0)), 0.0)
 
-    return Rows(
+    found = Rows(
         r=b - m_t,
         c=c,
         w=exp(from_state - m_t, own),
         u=exp(a - m_out[..., None], lasting),
         bound=jnp.exp(-m_t),
         gamma=exp(g + m_in - m_out, kept),
-        m=m_last,
     )
+    return found, m_last

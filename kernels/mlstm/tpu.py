@@ -24,12 +24,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels.errors import NotSupported
-from kernels.mlstm import gates
+from kernels.mlstm import gates, tpu_kernels
 from kernels.mlstm.ref import EPS, State
-
-LANES = 128
-SUBLANES = 8  # gate rows of a chunk: one float32 tile
-R, C_, W, U, BOUND, GAMMA, DOCUMENT, DDEN = range(8)  # which row is what; backward: 1 / bound
+from kernels.mlstm.tpu_kernels import LANES, SUBLANES
 
 
 class Options(NamedTuple):
@@ -99,119 +96,6 @@ def _pad(x, axis, multiple, value=0.0):
     return jnp.pad(x, widths, constant_values=value)
 
 
-# ---------------------------------------------------------------- inside the kernels
-
-
-def _dot(x, y, contract):
-    """Product over one axis of each; float32 operands in full float32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, dims, precision, preferred_element_type=jnp.float32)
-
-
-def _columns(rows):
-    """[8, L] rows -> [L, 8]: a column broadcasts over lanes."""
-    return rows.T
-
-
-def _weights(rows, columns, packed):
-    """E [L, L]: exp(r_t + c_s) where token t sees token s, else 0."""
-    length = rows.shape[1]
-    t = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
-    s = jax.lax.broadcasted_iota(jnp.int32, (length, length), 1)
-    seen = s <= t
-    if packed:
-        seen &= columns[:, DOCUMENT : DOCUMENT + 1] == rows[DOCUMENT : DOCUMENT + 1]
-    exponent = columns[:, R : R + 1] + rows[C_ : C_ + 1]
-    return jnp.exp(jnp.where(seen, exponent, gates.NEVER))
-
-
-def _forward_kernel(options, q_ref, k_ref, v_ref, rows_ref, C0_ref, n0_ref,
-                    h_ref, den_ref, C_ref, n_ref):  # fmt: skip
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        C_ref[...] = C0_ref[...]
-        n_ref[...] = n0_ref[...]
-
-    q, k, v, rows = q_ref[...], k_ref[...], v_ref[...], rows_ref[...]
-    C, n = C_ref[...], n_ref[...]
-    columns = _columns(rows)
-    w = options.scale * columns[:, W : W + 1]
-    S = _dot(q, k, (1, 1)) * (options.scale * _weights(rows, columns, options.packed))
-    num = w * _dot(q, C.astype(q.dtype), (1, 0)) + _dot(S.astype(v.dtype), v, (1, 0))
-    den = w * (q.astype(jnp.float32) * n).sum(1, keepdims=True) + S.sum(1, keepdims=True)
-    bound = jnp.maximum(jnp.abs(den), columns[:, BOUND : BOUND + 1]) + options.eps
-    h_ref[...] = (num / bound).astype(h_ref.dtype)
-    den_ref[...] = den.T
-    _advance(k, v, rows, columns, C, n, C_ref, n_ref)
-
-
-def _advance(k, v, rows, columns, C, n, C_ref, n_ref):
-    """The state after a chunk."""
-    gamma = rows[GAMMA : GAMMA + 1, 0:1]
-    ku = columns[:, U : U + 1] * k.astype(jnp.float32)
-    C_ref[...] = gamma * C + _dot(ku.astype(k.dtype), v, (0, 0))
-    n_ref[...] = gamma * n + ku.sum(0, keepdims=True)
-
-
-def _states_kernel(options, k_ref, v_ref, rows_ref, C0_ref, n0_ref, Cs_ref, ns_ref, C_ref, n_ref):
-    """Stores the state before each chunk."""
-
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        C_ref[...] = C0_ref[...]
-        n_ref[...] = n0_ref[...]
-
-    rows, C, n = rows_ref[...], C_ref[...], n_ref[...]
-    Cs_ref[...] = C.astype(Cs_ref.dtype)
-    ns_ref[...] = n
-    _advance(k_ref[...], v_ref[...], rows, _columns(rows), C, n, C_ref, n_ref)
-
-
-def _backward_kernel(options, q_ref, k_ref, v_ref, dh_ref, rows_ref, Cs_ref, ns_ref,
-                     dC_last_ref, dn_last_ref, dq_ref, dk_ref, dv_ref, flow_ref,
-                     dC_ref, dn_ref):  # fmt: skip
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        dC_ref[...] = dC_last_ref[...]
-        dn_ref[...] = dn_last_ref[...]
-
-    wide = jnp.float32
-    q, k, v, rows = q_ref[...], k_ref[...], v_ref[...], rows_ref[...]
-    C, n, dC, dn = Cs_ref[...], ns_ref[...], dC_ref[...], dn_ref[...]
-    narrow = v.dtype
-    columns = _columns(rows)
-    w, u = options.scale * columns[:, W : W + 1], columns[:, U : U + 1]
-    dden, gamma = columns[:, DDEN : DDEN + 1], rows[GAMMA : GAMMA + 1, 0:1]
-    E = options.scale * _weights(rows, columns, options.packed)
-    S = (_dot(q, k, (1, 1)) * E).astype(narrow)
-    dnum = (dh_ref[...].astype(wide) * columns[:, BOUND : BOUND + 1]).astype(narrow)
-    P = ((_dot(dnum, v, (1, 1)) + dden) * E).astype(narrow)
-    dC_narrow = dC.astype(narrow)
-    dq = _dot(P, k, (1, 0)) + w * (_dot(dnum, C.astype(narrow), (1, 1)) + dden * n)
-    from_next = u * (_dot(v, dC_narrow, (1, 1)) + dn)
-    dk = _dot(P, q, (0, 0)) + from_next
-    dv = _dot(S, dnum, (0, 0)) + u * _dot(k, dC_narrow, (1, 0))
-    dq_ref[...], dk_ref[...] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype)
-    dv_ref[...] = dv.astype(dv_ref.dtype)
-    q, k = q.astype(wide), k.astype(wide)
-    # <C', dC'> + <n', dn'> of the outgoing state, without it: what came from the state before and
-    # what this chunk's tokens wrote.
-    carried = (C.astype(wide) * dC).sum((0, 1), keepdims=True) + (n * dn).sum(1, keepdims=True)
-    written = (k * from_next).sum((0, 1), keepdims=True)
-    sums = [(q * dq).sum(1, keepdims=True), (k * dk).sum(1, keepdims=True)]
-    into_next = jnp.broadcast_to(gamma * carried + written, sums[0].shape)
-    lane = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], SUBLANES), 1)
-    flow = jnp.where(lane == 0, sums[0], jnp.where(lane == 1, sums[1], into_next))
-    flow_ref[...] = flow.T
-    wq = w * q
-    dC_ref[...] = gamma * dC + _dot(wq.astype(narrow), dnum, (0, 0))
-    dn_ref[...] = gamma * dn + (wq * dden).sum(0, keepdims=True)
-
-
-# ---------------------------------------------------------------- around the kernels
-
-
 class _Plan(NamedTuple):
     """Sizes of one call; block specs of every kind of array."""
 
@@ -246,10 +130,10 @@ def _plan(options, q, v, reverse=False):
     return _Plan(heads, chunks, options.chunk, q.shape[-1], v.shape[-1], reverse)
 
 
-def _call(kernel, options, plan, inputs, in_specs, out_shapes, out_specs, name, flops):
+def _call(kernel, options, plan, inputs, in_specs, out_shapes, out_specs):
     """One pallas_call over (heads, chunks), with the bytes and FLOPs that the compiler counts."""
     moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*inputs, *out_shapes))
-    exps = plan.heads * plan.chunks * plan.length**2
+    flops, exps = _work(plan)[kernel]
     return pl.pallas_call(
         functools.partial(kernel, options),
         grid=(plan.heads, plan.chunks),
@@ -259,19 +143,22 @@ def _call(kernel, options, plan, inputs, in_specs, out_shapes, out_specs, name, 
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(flops=flops, transcendentals=exps, bytes_accessed=moved),
         interpret=options.interpret,
-        name=name,
+        name=f"mlstm_{kernel.__name__}",
     )(*inputs)
 
 
-def products(plan: _Plan) -> dict[str, int]:
-    """FLOPs of every kernel's matrix products."""
+def _work(plan: _Plan) -> dict:
+    """(FLOPs of the matrix products, exponentials) of every kernel."""
     length, width, out = plan.length, plan.width, plan.out
     scores, values, memory = length * width, length * out, width * out
-    per = 2 * plan.heads * plan.chunks * length
+    tokens = plan.heads * plan.chunks * length
     return {
-        "forward": per * (scores + values + 2 * memory),
-        "states": per * memory,
-        "backward": per * (3 * scores + 2 * values + 4 * memory),
+        tpu_kernels.forward: (2 * tokens * (scores + values + 2 * memory), tokens * length),
+        tpu_kernels.states: (2 * tokens * memory, 0),
+        tpu_kernels.backward: (
+            2 * tokens * (3 * scores + 2 * values + 4 * memory),
+            tokens * length,
+        ),
     }
 
 
@@ -279,8 +166,8 @@ def _shape(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _chunked(options, i, log_f, documents, m) -> gates.Rows:
-    """Gate rows, computed outside the kernels."""
+def _chunked(options, i, log_f, documents, m) -> tuple[gates.Rows, Float[Array, "b h"]]:
+    """(gate rows, gauge of the last state), computed outside the kernels."""
     rows, heads, length = i.shape
     cut = (length // options.chunk, options.chunk)
     return gates.rows(
@@ -316,14 +203,14 @@ def _chunkwise(options, q, k, v, i, log_f, C, n, m, documents):
 def _run(options, q, k, v, i, log_f, C, n, m, documents):
     """((h, state), den [b, h, t])."""
     batch = q.shape[:2]
-    found = _chunked(options, i, log_f, documents, m)
+    found, m = _chunked(options, i, log_f, documents, m)
     rows = _stack(found, documents, found.bound)
     inputs = (_merge(q), _merge(k), _merge(v), rows, _merge(C), _merge(n)[:, None])
     plan = _plan(options, inputs[0], inputs[2])
     heads, chunks, length, width, out = plan[:5]
     memory, normaliser = plan.per_head(width, out), plan.per_head(1, width)
     h, den, C, n = _call(
-        _forward_kernel,
+        tpu_kernels.forward,
         options,
         plan,
         inputs,
@@ -336,10 +223,8 @@ def _run(options, q, k, v, i, log_f, C, n, m, documents):
             _shape(heads, 1, width),
         ],
         [plan.tokens(out), plan.per_chunk(1, length), memory, normaliser],
-        "mlstm_forward",
-        products(plan)["forward"],
     )
-    state = (C.reshape(*batch, width, out), n.reshape(*batch, width), found.m)
+    state = (C.reshape(*batch, width, out), n.reshape(*batch, width), m)
     return (h.reshape(*batch, -1, out), state), den.reshape(*batch, -1)
 
 
@@ -352,7 +237,7 @@ def _backward(options, residuals, cotangents):
     q, k, v, i, log_f, C, n, m, documents, h, den = residuals
     dh, (dC, dn, _) = cotangents
     batch = q.shape[:2]
-    found = _chunked(options, i, log_f, documents, m)
+    found, _ = _chunked(options, i, log_f, documents, m)
     den = den.reshape(found.bound.shape)
     bound = jnp.maximum(jnp.abs(den), found.bound) + options.eps
     dden = jnp.zeros_like(den)
@@ -366,7 +251,7 @@ def _backward(options, residuals, cotangents):
     heads, chunks, length, width, out = plan[:5]
     memory, normaliser = plan.per_head(width, out), plan.per_head(1, width)
     dq, dk, dv, flow, dC, dn = _call(
-        _backward_kernel,
+        tpu_kernels.backward,
         options,
         plan,
         (q, k, v, dh, rows, Cs, ns, _merge(dC), _merge(dn)[:, None]),
@@ -383,8 +268,6 @@ def _backward(options, residuals, cotangents):
         ],
         [plan.tokens(width), plan.tokens(width), plan.tokens(out)]
         + [plan.per_chunk(SUBLANES, length), memory, normaliser],
-        "mlstm_backward",
-        products(plan)["backward"],
     )
     flow = flow.reshape(*batch, chunks, SUBLANES, length)
     di = flow[:, :, :, 1]
@@ -406,7 +289,7 @@ def _states(options, k, v, rows, C, n):
     heads, chunks, length, width, out = plan[:5]
     memory, normaliser = plan.per_head(width, out), plan.per_head(1, width)
     return _call(
-        _states_kernel,
+        tpu_kernels.states,
         options,
         plan,
         (k, v, rows, C, n),
@@ -424,8 +307,6 @@ def _states(options, k, v, rows, C, n):
             _shape(heads, 1, width),
         ],
         [plan.per_chunk(width, out), plan.per_chunk(1, width), memory, normaliser],
-        "mlstm_states",
-        products(plan)["states"],
     )[:2]
 
 

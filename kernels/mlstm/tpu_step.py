@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from kernels.errors import NotSupported
 from kernels.mlstm.ref import EPS, State
+from kernels.mlstm.tpu_kernels import LANES
 
-LANES = 128
 KEEP, WRITE, BOUND = range(3)  # numbers of a head, in the first lanes of a row
 
 

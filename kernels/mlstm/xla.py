@@ -107,14 +107,13 @@ def _chunks(length, q, k, v, i, log_f, documents, m) -> tuple[Chunk, Float[Array
 
     documents = cut(documents, 1, mode="edge")
     i = cut(i, 2, constant_values=gates_lib.NEVER)
-    rows = gates_lib.rows(i, cut(log_f, 2), documents, m)
-    per_chunk = rows._replace(m=jnp.broadcast_to(rows.m[..., None], rows.gamma.shape))
+    rows, last = gates_lib.rows(i, cut(log_f, 2), documents, m)
     stacked = Chunk(
         *(jnp.moveaxis(cut(x, 2), 2, 0) for x in (q, k, v)),
-        jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), per_chunk),
+        jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), rows),
         jnp.moveaxis(documents, 1, 0),
     )
-    return stacked, rows.m
+    return stacked, last
 
 
 def _join(x, length):
@@ -123,8 +122,8 @@ def _join(x, length):
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
 
 
-def _dot(spec, x, y):
-    """Products in the narrower of the two types, sums in float32 or better."""
+def dot(spec, x, y):
+    """einsum with products in the narrower of the two types, sums in float32 or better."""
     narrow = min(x.dtype, y.dtype, key=lambda d: jnp.finfo(d).bits)
     wide = jnp.promote_types(narrow, jnp.float32)
     precision = "highest" if narrow == wide else None
@@ -139,10 +138,10 @@ def _output(options: Options, chunk: Chunk, C, n) -> tuple[Float[Array, "b h l v
     pairs = (t[:, None] >= t) & (numbers[:, :, None] == numbers[:, None, :])[:, None]
     exponent = gates.r[..., :, None] + gates.c[..., None, :]
     E = scale * jnp.exp(jnp.where(pairs, exponent, gates_lib.NEVER))
-    S = _dot("bhtk,bhsk->bhts", chunk.q, chunk.k) * E
+    S = dot("bhtk,bhsk->bhts", chunk.q, chunk.k) * E
     w = scale * gates.w
-    num = w[..., None] * _dot("bhtk,bhkv->bhtv", chunk.q, C)
-    num += _dot("bhts,bhsv->bhtv", S, chunk.v)
+    num = w[..., None] * dot("bhtk,bhkv->bhtv", chunk.q, C)
+    num += dot("bhts,bhsv->bhtv", S, chunk.v)
     den = w * jnp.einsum("bhtk,bhk->bht", chunk.q.astype(S.dtype), n) + S.sum(-1)
     bound = jnp.maximum(jnp.abs(den), gates.bound) + options.eps
     return num / bound[..., None], Scores(E, S, den, bound)
@@ -152,7 +151,7 @@ def _next(chunk: Chunk, C, n):
     """Memory and normaliser after a chunk."""
     gates = chunk.gates
     k = gates.u[..., None] * chunk.k.astype(gates.u.dtype)
-    C = gates.gamma[..., None, None] * C + _dot("bhlk,bhlv->bhkv", k, chunk.v)
+    C = gates.gamma[..., None, None] * C + dot("bhlk,bhlv->bhkv", k, chunk.v)
     return C, gates.gamma[..., None] * n + k.sum(-2)
 
 
@@ -200,16 +199,16 @@ def _chunk_gradients(options, chunk, C, n, dh, dC, dn):
         dden = jnp.where(jnp.abs(scores.den) > gates.bound, slope, 0.0)
     w, u = q.shape[-1] ** -0.5 * gates.w[..., None], gates.u[..., None]
     narrow = dnum.astype(v.dtype)
-    P = (_dot("bhtv,bhsv->bhts", narrow, v) + dden[..., None]) * scores.E
-    dq = _dot("bhts,bhsk->bhtk", P, k) + w * (
-        _dot("bhtv,bhkv->bhtk", narrow, C) + dden[..., None] * n[..., None, :]
+    P = (dot("bhtv,bhsv->bhts", narrow, v) + dden[..., None]) * scores.E
+    dq = dot("bhts,bhsk->bhtk", P, k) + w * (
+        dot("bhtv,bhkv->bhtk", narrow, C) + dden[..., None] * n[..., None, :]
     )
-    dk = _dot("bhts,bhtk->bhsk", P, q) + u * (_dot("bhsv,bhkv->bhsk", v, dC) + dn[..., None, :])
-    dv = _dot("bhts,bhtv->bhsv", scores.S, narrow) + u * _dot("bhsk,bhkv->bhsv", k, dC)
+    dk = dot("bhts,bhtk->bhsk", P, q) + u * (dot("bhsv,bhkv->bhsk", v, dC) + dn[..., None, :])
+    dv = dot("bhts,bhtv->bhsv", scores.S, narrow) + u * dot("bhsk,bhkv->bhsv", k, dC)
     di = (k.astype(wide) * dk).sum(-1)
     flow = (q.astype(wide) * dq).sum(-1) - di
     wq = w * q.astype(wide)
-    dC = gates.gamma[..., None, None] * dC + _dot("bhtk,bhtv->bhkv", wq, narrow)
+    dC = gates.gamma[..., None, None] * dC + dot("bhtk,bhtv->bhkv", wq, narrow)
     dn = gates.gamma[..., None] * dn + jnp.einsum("bhtk,bht->bhk", wq, dden)
     return (dq, dk, dv, di, dC, dn), flow
 

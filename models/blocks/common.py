@@ -7,8 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
+
+from kernels import shard
 
 # Gemma's projections: truncated normal, variance 1 / fan-in (building_blocks 1.5).
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -19,22 +20,10 @@ def constrain(x: Array, *names: str | None) -> Array:
 
     A dimension that its mesh axes do not divide is left whole (one kv head on two devices).
     """
-    rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
-    if not rules or mesh.empty or mesh.are_all_axes_manual:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not nn.get_logical_axis_rules() or mesh.empty or mesh.are_all_axes_manual:
         return x
-    unknown = {name for name in names if name is not None} - {name for name, _ in rules}
-    if unknown:
-        raise ValueError(f"unknown logical axis names {sorted(unknown)}")
-    spec = nn.logical_to_mesh_axes(names, rules)
-    fitted = (None if size % _parts(mesh, axes) else axes for axes, size in zip(spec, x.shape))
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitted))
-
-
-def _parts(mesh, axes):
-    """Devices along the mesh axes of one dimension of a PartitionSpec."""
-    if axes is None:
-        return 1
-    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    return jax.lax.with_sharding_constraint(x, shard.spec(names, x.shape))
 
 
 # A stack of up to this many scan steps is written out: XLA then keeps what the backward pass
@@ -114,20 +103,11 @@ def _product(x, kernel, ins):
     a length that is split over devices, so that case keeps its axes.
     """
     lead, into, out = x.shape[: x.ndim - ins], kernel.shape[:ins], kernel.shape[ins:]
-    if _is_split("length"):
+    if shard.mesh_axes("length"):
         contract = (tuple(range(len(lead), x.ndim)), tuple(range(ins)))
         return jax.lax.dot_general(x, kernel, (contract, ((), ())))
     x = x.reshape(math.prod(lead), math.prod(into))
     return (x @ kernel.reshape(math.prod(into), math.prod(out))).reshape(*lead, *out)
-
-
-def _is_split(name):
-    """Whether the current mesh and rules divide this logical axis."""
-    rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
-    if not rules or mesh.empty:
-        return False
-    (axes,) = nn.logical_to_mesh_axes((name,), rules)
-    return _parts(mesh, axes) > 1
 
 
 def matrix_init(init: Callable, ins: int) -> Callable:

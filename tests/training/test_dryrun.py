@@ -163,7 +163,7 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
 def test_hlo_is_weighted_by_trip_counts():
     program = hlo.analyse(MODULE, 8)
     assert program.cycles == 3 * 100 + 7
-    assert program.kernels == [(3 * 70, 3 * 9)]
+    assert program.kernels == [("k", 3 * 70, 3 * 9)]
     assert hlo.summarise(program.collectives) == {
         "all-gather": (3, 3 * 512 * 3 / 4),  # one channel, started and finished in two fusions
         "all-reduce": (1, 2 * 12 * 3 / 4),
