@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from export.functions import functions, serialise
-from export.weights import flatten, save_safetensors, to_published
+from export.weights import cast, flatten, save_safetensors, to_published
 
 
 def run(config, workdir: str | Path, step: int | None = None) -> Path:
@@ -35,8 +35,9 @@ def write(config, model, params: Any, step: int, folder: Path) -> Path:
     flat = {path: np.asarray(jax.device_get(x)) for path, x in flatten(params).items()}
     metadata = {"step": str(step), "model": config.model.name}
     published = flat if model.weights is None else to_published(params, model.weights)
-    save_safetensors(folder / "model.safetensors", _chosen(published, config.export), metadata)
-    (folder / "config.json").write_text(_pretty(describe(config, model, flat, step)))
+    published = _chosen(published, config.export)
+    save_safetensors(folder / "model.safetensors", published, metadata)
+    (folder / "config.json").write_text(_pretty(describe(config, model, published, step)))
     if config.export.part:
         return folder  # a part has no functions
     found = functions(model, config, params)
@@ -69,24 +70,19 @@ def _chosen(tensors: dict[str, np.ndarray], options) -> dict[str, np.ndarray]:
             parts = sorted({k.partition("/")[0] for k in tensors})
             raise ValueError(f"config.export.part={options.part!r}: the parts are {parts}")
         tensors = found
-    if not options.dtype:
-        return tensors
-    dtype = np.dtype(jnp.dtype(options.dtype))
-    return {
-        k: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v
-        for k, v in tensors.items()
-    }
+    dtype = np.dtype(jnp.dtype(options.dtype)) if options.dtype else None
+    return {name: cast(tensor, dtype) for name, tensor in tensors.items()}
 
 
-def describe(config, model, flat: dict[str, np.ndarray], step: int) -> dict[str, Any]:
+def describe(config, model, tensors: dict[str, np.ndarray], step: int) -> dict[str, Any]:
     """config.json: the published keys where there are some, and ours under "uniflud"."""
     ours = {
         "step": step,
-        "parameters": int(sum(x.size for x in flat.values())),
+        "parameters": int(sum(x.size for x in tensors.values())),
         "config": json.loads(config.to_json_best_effort()),
     }
     published = dict(model.weights.config) if model.weights is not None else {}
-    dtypes = {str(x.dtype) for x in flat.values()}
+    dtypes = {str(x.dtype) for x in tensors.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     return {"model_type": config.model.name, "torch_dtype": dtype, **published, "uniflud": ours}
 

@@ -207,11 +207,12 @@ def to_published(
             rule = weight_map.names[path]
             tensor = rule.to(host[path][index])
             pieces.append((rule.part or (0, len(tensor) if tensor.ndim else 1, None), tensor))
-        result[name] = _cast(_join(name, pieces), dtype)
+        result[name] = cast(_join(name, pieces), dtype)
     return result
 
 
-def _cast(tensor: np.ndarray, dtype) -> np.ndarray:
+def cast(tensor: np.ndarray, dtype) -> np.ndarray:
+    """A floating tensor in another type; others, and all without a type, as they are."""
     if dtype is None or not jax.numpy.issubdtype(tensor.dtype, jax.numpy.floating):
         return tensor
     return tensor.astype(dtype)

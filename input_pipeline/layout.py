@@ -37,7 +37,6 @@ class Packed(NamedTuple):
     tokens: np.ndarray
     segments: np.ndarray  # 1, 2, ... of each question with its answer; 0 for padding
     prefix: np.ndarray  # tokens of the own segment that are its question; 0 for padding
-    count: int
 
 
 def caption_question(lang: str) -> str:
@@ -95,4 +94,4 @@ def pack(rows: Sequence[Answered], length: int, pad: int) -> Packed:
             tokens[start:end] = row.tokens[: row.length]
             segments[start:end], prefix[start:end] = count, row.prefix
             start = end
-    return Packed(tokens, segments, prefix, count)
+    return Packed(tokens, segments, prefix)

@@ -288,31 +288,23 @@ def texts(batch) -> Texts:
 
 def understanding_mask(cfg: UniFluidConfig, batch, picture: int) -> tuple[MaskSpec, Array]:
     """(mask, positions [b, m + t]) of `picture` = m picture tokens and the text after them."""
-    found = texts(batch)
-    rows = len(found.position)
-    first = jnp.broadcast_to(jnp.arange(picture), (rows, picture))
-    positions = jnp.concatenate([first, picture + found.position], axis=1)
-    if not cfg.picture_alone:
-        if "und_segments" in batch:
-            raise ValueError(
-                "several questions in a row (config.data.questions > 1) need "
-                "config.model.picture_alone=True"
-            )
-        mask = MaskSpec(
-            causal=True,
-            prefix_length=picture + batch["und_prefix"],
-            q_positions=positions,
-            kv_positions=positions,
-            kv_valid=positions < picture + batch["und_length"][:, None],
+    if "und_segments" in batch and not cfg.picture_alone:
+        raise ValueError(
+            "several questions in a row (config.data.questions > 1) need "
+            "config.model.picture_alone=True"
         )
-        return mask, positions
-    alone = jnp.full((rows, picture), picture)
-    shared = jnp.full((rows, picture), -1)
-    segment = jnp.concatenate([shared, found.segment], axis=1)
+    found = texts(batch)
+    soft = (len(found.position), picture)
+    first = jnp.broadcast_to(jnp.arange(picture), soft)
+    positions = jnp.concatenate([first, picture + found.position], axis=1)
+    seen = picture if cfg.picture_alone else picture + found.prefix[:, :1]
+    segment = jnp.concatenate([jnp.full(soft, -1), found.segment], axis=1)
     mask = MaskSpec(
         causal=True,
-        prefix_length=jnp.concatenate([alone, picture + found.prefix], axis=1),
-        q_segment_ids=segment,
+        prefix_length=jnp.concatenate(
+            [jnp.broadcast_to(seen, soft), picture + found.prefix], axis=1
+        ),
+        q_segment_ids=segment if cfg.picture_alone else None,
         q_positions=positions,
         kv_positions=positions,
         kv_valid=segment != 0,

@@ -10,7 +10,7 @@ from export.weights import WeightMap, compose, flat_map
 from models import Model, unifluid
 from models.blocks import diffusion_head_weights, gemma_weights, siglip_weights
 from models.blocks.decoder import init_cache
-from models.blocks.losses import token_nll
+from models.blocks.losses import row_nll
 from models.tokenizers import kl_vae, kl_vae_weights
 from models.unifluid import UniFluid, UniFluidConfig, apply
 
@@ -18,19 +18,13 @@ from models.unifluid import UniFluid, UniFluidConfig, apply
 def text_nll(net: UniFluid, params, batch) -> dict[str, Float[Array, "b"]]:
     """Sums per example over the answer tokens: nll (nats), correct, count."""
     hidden = unifluid.understanding_states(net, params, batch)
-    weights = unifluid.answer_weights(batch)
-    nll, correct = token_nll(
-        hidden.reshape(-1, hidden.shape[-1]),
+    return row_nll(
+        hidden,
         unifluid.output_table(net, params),
-        unifluid.next_tokens(batch).reshape(-1),
+        unifluid.next_tokens(batch),
+        unifluid.answer_weights(batch),
         softcap=net.cfg.decoder.final_softcap,
     )
-    nll, correct = nll.reshape(weights.shape), correct.reshape(weights.shape)
-    return {
-        "nll": (nll * weights).sum(1),
-        "correct": (correct * weights).sum(1),
-        "count": weights.sum(1),
-    }
 
 
 def prefill(net: UniFluid, params, x, valid, cache, picture: int = 0):

@@ -26,7 +26,8 @@ from export.weights import WeightMap, heads_in, heads_out, linear, plain
 from kernels.mlstm import State, empty_state, mlstm, mlstm_step
 from models import Model, sized
 from models.blocks.common import Linear, constrain, remat_block, scan_layers
-from models.blocks.losses import chunked_cross_entropy, token_nll
+from models.blocks.decoder import GatedMlp
+from models.blocks.losses import chunked_cross_entropy, row_nll
 from models.blocks.norms import RMSNorm, layer_norm
 
 CLOSED, OPEN = -1e30, 1e30  # gates of a token that is not there: nothing written, nothing forgotten
@@ -173,23 +174,6 @@ class Cell(nn.Module):
         return i, gate("f", rising)
 
 
-class FeedForward(nn.Module):
-    """(silu(x W_gate) ⊙ x W_up) W_down."""
-
-    cfg: XLSTMConfig
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        cfg, up = self.cfg, ("embed", "mlp")
-        read, write = small_init(cfg.width), output_init(cfg.layers, cfg.width)
-        gate = nn.silu(Linear((cfg.ffn,), up, self.dtype, kernel_init=read, name="gate")(x))
-        hidden = gate * Linear((cfg.ffn,), up, self.dtype, kernel_init=read, name="up")(x)
-        hidden = constrain(hidden, "batch", "length", "act_mlp")
-        down = ("mlp", "embed")
-        return Linear((cfg.width,), down, self.dtype, kernel_init=write, name="down")(hidden)
-
-
 class Block(nn.Module):
     """mLSTM and FFN, each behind an RMSNorm; shaped as the body of a scan over layers."""
 
@@ -208,7 +192,15 @@ class Block(nn.Module):
         cell = Cell(cfg, self.dtype, self.impl, name="mlstm")
         y, state = cell(norm("norm_mlstm"), state, segment_ids, valid)
         x = x + y
-        x = x + FeedForward(cfg, self.dtype, name="ffn")(norm("norm_ffn"))
+        mlp = GatedMlp(
+            cfg.ffn,
+            self.dtype,
+            nn.silu,
+            small_init(cfg.width),
+            output_init(cfg.layers, cfg.width),
+            name="ffn",
+        )
+        x = x + mlp(norm("norm_ffn"))
         return constrain(x, "batch", "length", "act_embed"), state if self.keep_state else None
 
 
@@ -316,18 +308,7 @@ def text_nll(net: XLSTM, params, batch) -> dict[str, Float[Array, "b"]]:
     """Sums per row over its targets: nll (nats), correct, count."""
     hidden, _ = _apply(net, params, batch["tokens"], None, batch["segment_ids"])
     targets, weights = next_tokens(batch)
-    nll, correct = token_nll(
-        hidden.reshape(-1, hidden.shape[-1]),
-        params["head"],
-        targets.reshape(-1),
-        softcap=net.cfg.logit_cap,
-    )
-    nll, correct = nll.reshape(weights.shape), correct.reshape(weights.shape)
-    return {
-        "nll": (nll * weights).sum(1),
-        "correct": (correct * weights).sum(1),
-        "count": weights.sum(1),
-    }
+    return row_nll(hidden, params["head"], targets, weights, softcap=net.cfg.logit_cap)
 
 
 def prefill(net: XLSTM, params, tokens, length, state) -> tuple[Float[Array, "b v"], State]:

@@ -157,8 +157,8 @@ class _Loop:
                 self._first_of_bucket(shapes, batch)
             else:
                 self.state, values = self.jitted(self.state, self.frozen, batch)
+                self._flush()  # waits for the step before; this one is under way
                 self.clock.step(waited)
-                self._flush()
                 self.pending = (self.done + 1, values)
         self.shapes = shapes
         self.done += 1

@@ -161,17 +161,24 @@ def mfu(flops_per_step: float, steps_per_s: float) -> float | None:
 
 
 def progress(step: int, steps: int, values: dict[str, float]) -> str:
-    """One line: step, %, loss, lr, steps/s, examples/s, MFU, memory, data wait, ETA."""
+    """One line: step, %, loss, lr, steps/s, examples/s, MFU, memory, data wait, ETA.
+
+    No rates as long as only steps that compiled are behind.
+    """
     rate = values["steps_per_s"]
     parts = [
         f"step {step}/{steps} {100 * step / steps:.0f}%",
         f"loss {values['loss']:.4f}",
         f"lr {values['lr']:.2e}",
+    ]
+    if not rate:
+        return "  ".join([*parts, f"memory {values['memory_gib']:.2f} GiB"])
+    parts += [
         f"{rate:.3g} steps/s",
         f"{values['examples_per_s']:.3g} examples/s",
         f"memory {values['memory_gib']:.2f} GiB",
         f"data wait {100 * values['data_wait']:.0f}%",
-        f"ETA {duration((steps - step) / rate) if rate else '?'}",
+        f"ETA {duration((steps - step) / rate)}",
     ]
     if "mfu" in values:
         parts.insert(5, f"MFU {100 * values['mfu']:.1f}%")

@@ -5,7 +5,9 @@ second RoPE base (3), the pattern of local and global layers (2: alternating, 3:
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -119,18 +121,24 @@ class _Shared:
 
 
 class GatedMlp(nn.Module):
-    """(gelu_tanh(x W_gate) ⊙ x W_up) W_down."""
+    """(activation(x W_gate) ⊙ x W_up) W_down; Gemma's activation is gelu_tanh."""
 
     hidden: int
     dtype: Any = jnp.float32
+    activation: Callable = functools.partial(nn.gelu, approximate=True)
+    read_init: Callable | None = None  # of W_gate and W_up; None as in Linear
+    write_init: Callable | None = None  # of W_down
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        def linear(features, axes, init, name):
+            return Linear((features,), axes, self.dtype, kernel_init=init, name=name)
+
         up = ("embed", "mlp")
-        gate = nn.gelu(Linear((self.hidden,), up, self.dtype, name="gate")(x), approximate=True)
-        hidden = gate * Linear((self.hidden,), up, self.dtype, name="up")(x)
+        gate = self.activation(linear(self.hidden, up, self.read_init, "gate")(x))
+        hidden = gate * linear(self.hidden, up, self.read_init, "up")(x)
         hidden = constrain(hidden, "batch", "length", "act_mlp")
-        return Linear((x.shape[-1],), ("mlp", "embed"), self.dtype, name="down")(hidden)
+        return linear(x.shape[-1], ("mlp", "embed"), self.write_init, "down")(hidden)
 
 
 class Block(nn.Module):

@@ -48,6 +48,26 @@ def token_nll(
     return _sliced_nll(hidden, table, targets, softcap, count)
 
 
+def row_nll(
+    hidden: Float[Array, "b t d"],
+    table: Float[Array, "v d"],
+    targets: Int[Array, "b t"],
+    weights: Float[Array, "b t"],
+    *,
+    softcap: float | None = None,
+) -> dict[str, Float[Array, "b"]]:
+    """Weighted sums per row, as evaluators want them: nll (nats), correct, count."""
+    found = token_nll(
+        hidden.reshape(-1, hidden.shape[-1]), table, targets.reshape(-1), softcap=softcap
+    )
+    nll, correct = (x.reshape(weights.shape) for x in found)
+    return {
+        "nll": (nll * weights).sum(1),
+        "correct": (correct * weights).sum(1),
+        "count": weights.sum(1),
+    }
+
+
 def plain_cross_entropy(hidden, table, targets, weights, *, softcap: float | None = None):
     """chunked_cross_entropy with all scores in memory at once: the reference."""
     nll, correct = _plain(hidden, table, targets, softcap)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -41,6 +42,30 @@ def test_export_of_a_trained_run(config, tmp_path, capsys):
     assert described["uniflud"]["step"] == step == 3
     assert described["torch_dtype"] == "float32"
     assert read_header(folder / "model.safetensors")[0]["head/bias"][1] == (2,)
+
+
+def test_export_of_a_part_in_another_type(config, tmp_path):
+    """What the shipped weights are made with: head/ alone, half as many bytes, and said so."""
+    loop.train(config, tmp_path)
+    whole = load_safetensors(run.run(config, tmp_path))
+    small = config.copy_and_resolve_references()
+    with small.unlocked():
+        small.export.update(dtype="bfloat16", part="head")
+    folder = run.run(small, tmp_path)
+    tensors = load_safetensors(folder)
+    assert tensors.keys() == {"kernel", "bias"}
+    for name, tensor in tensors.items():
+        assert tensor.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(tensor, whole[f"head/{name}"].astype(tensor.dtype))
+    described = json.loads((folder / "config.json").read_text())
+    assert described["torch_dtype"] == "bfloat16"
+    assert described["uniflud"]["parameters"] == sum(x.size for x in tensors.values())
+    for key, value, message in (("part", "hat", "the parts are"), ("dtype", "int8", "allowed are")):
+        with small.unlocked():
+            small.export.update(dtype="", part="")
+            small.export[key] = value
+        with pytest.raises(ValueError, match=message):
+            run.run(small, tmp_path)
 
 
 def test_without_a_checkpoint_it_says_train_first(config, tmp_path):

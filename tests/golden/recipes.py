@@ -40,7 +40,7 @@ def load(name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def close(got, want, tolerance: float) -> None:
+def assert_close(got, want, tolerance: float) -> None:
     """Largest difference below tolerance times the largest magnitude of the reference."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, (got.shape, want.shape)

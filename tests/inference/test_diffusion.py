@@ -51,7 +51,7 @@ def test_matches_published(head, golden, key, guidance, temperature, clip):
         )
     )(Z if guided else Z[:1], NOISE)
     assert got.shape == golden[key].shape
-    recipes.close(got, golden[key], 1e-4)
+    recipes.assert_close(got, golden[key], 1e-4)
 
 
 def test_guidance_may_differ_per_row(head):
@@ -78,7 +78,7 @@ def test_without_guidance_no_null_branch_runs(head):
 
     one, a = flops(Z[:1], None)
     two, b = flops(Z, diffusion.guidance_weights(1.0))
-    recipes.close(a, b, 1e-6)
+    recipes.assert_close(a, b, 1e-6)
     assert 0.4 < one / two < 0.65
 
 

@@ -203,7 +203,7 @@ def test_dispatch(monkeypatch):
         raise NotSupported("needs an accelerator")
 
     monkeypatch.setitem(api.IMPLEMENTATIONS, "picky", refuses)
-    monkeypatch.setattr(api, "AUTO", ("picky", "xla"))
+    monkeypatch.setattr(api, "AUTO", {"cpu": ("picky", "xla"), "tpu": ("picky",)})
     close(attention(q, k, v, None), attention(q, k, v, None, impl="xla"), 1e-7)
     with pytest.raises(NotSupported, match="accelerator"):
         attention(q, k, v, None, impl="picky")
@@ -211,6 +211,14 @@ def test_dispatch(monkeypatch):
         attention(q, k, v, None, impl="cuda")
     with pytest.raises(ValueError, match="4 query heads"):
         attention(q, *(jnp.repeat(x, 3, axis=2) for x in (k, v)), None)
+    # "auto" looks at what is compiled for, not at what is attached.
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=tpu)
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(NotSupported, match="picky: needs an accelerator"),
+    ):
+        jax.eval_shape(lambda q, k, v: attention(q, k, v, None), q, k, v)
 
 
 @pytest.mark.aot

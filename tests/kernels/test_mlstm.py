@@ -58,17 +58,17 @@ def ids(shape, seed=3):
     return jnp.asarray(np.cumsum(changes, 1) % 2, jnp.int32)
 
 
-def close(got, want, tolerance):
+def assert_close(got, want, tolerance):
     got, want = (np.asarray(x, np.float64) for x in (got, want))
     assert np.isfinite(got).all()
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(np.abs(want).max(), 1e-6))
 
 
-def close_state(got, want, tolerance):
+def assert_states_close(got, want, tolerance):
     """Equal up to the gauge m."""
     shift = jnp.exp(got.m - want.m)
-    close(got.C * shift[..., None, None], want.C, tolerance)
-    close(got.n * shift[..., None], want.n, tolerance)
+    assert_close(got.C * shift[..., None, None], want.C, tolerance)
+    assert_close(got.n * shift[..., None], want.n, tolerance)
 
 
 def objective(inputs, state, cotangent, **options):
@@ -148,8 +148,8 @@ def test_checks_1_and_2_equal_ref(impl, shape, documents):
         h, last = run(inputs, state, impl)
         want, want_last = run([x.astype(jnp.float32) for x in inputs], state, "ref")
         assert h.dtype == dtype and last.C.dtype == jnp.float32
-        close(h, want, tolerance)
-        close_state(last, want_last, tolerance)
+        assert_close(h, want, tolerance)
+        assert_states_close(last, want_last, tolerance)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -171,7 +171,7 @@ def test_check_3_gradients_equal_autodiff_of_ref(shape, documents):
 
         grads = gradient("xla"), gradient("ref")
         for got, want in zip(*map(jax.tree.leaves, grads)):
-            close(got, want, 1e-11)
+            assert_close(got, want, 1e-11)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -190,7 +190,7 @@ def test_check_3_float32_gradients(impl, shape, documents):
         return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(inputs, state.C, state.n)
 
     for got, want in zip(*(jax.tree.leaves(gradient(x)) for x in (impl, "ref"))):
-        close(got, want, 2e-4)
+        assert_close(got, want, 2e-4)
 
 
 @pytest.mark.parametrize("official", [False, True])
@@ -209,7 +209,7 @@ def test_check_3_tpu_gradients_of_bfloat16(official):
         return jax.grad(total)(inputs)
 
     for got, want in zip(gradient("tpu_interpret"), gradient("xla")):
-        close(got, want, 2e-2)
+        assert_close(got, want, 2e-2)
 
 
 @pytest.mark.parametrize("impl", CHUNKED)
@@ -220,8 +220,8 @@ def test_check_4_float32_calls_follow_each_other(impl, cut):
     whole, last = mlstm(*inputs, **options)
     first, state = mlstm(*(x[:, :, :cut] for x in inputs), **options)
     second, end = mlstm(*(x[:, :, cut:] for x in inputs), state=state, **options)
-    close(jnp.concatenate([first, second], 2), whole, 1e-5)
-    close_state(end, last, 1e-5)
+    assert_close(jnp.concatenate([first, second], 2), whole, 1e-5)
+    assert_states_close(end, last, 1e-5)
 
 
 def test_check_4_a_tpu_step_is_the_definition():
@@ -229,9 +229,9 @@ def test_check_4_a_tpu_step_is_the_definition():
     inputs, state = [x[:, :, 0] for x in tensors(shape)], some_state(shape)
     h, last = mlstm_step(*inputs, state, impl="tpu_interpret")
     want, want_last = mlstm_step(*inputs, state, impl="ref")
-    close(h, want, 1e-5)
+    assert_close(h, want, 1e-5)
     for got, right in zip(last, want_last):
-        close(got, right, 1e-6)
+        assert_close(got, right, 1e-6)
     with pytest.raises(ValueError, match="multiples of 128"):
         mlstm_step(*inputs[:2], inputs[2][..., :12], *inputs[3:], state, impl="tpu_interpret")
 
@@ -244,12 +244,12 @@ def test_check_4_two_calls_equal_one_and_steps(cut):
         whole, last = mlstm(*inputs, chunk=16)
         first, state = mlstm(*(x[:, :, :cut] for x in inputs), chunk=16)
         second, end = mlstm(*(x[:, :, cut:] for x in inputs), state=state, chunk=16)
-        close(jnp.concatenate([first, second], 2), whole, 1e-12)
-        close_state(end, last, 1e-12)
+        assert_close(jnp.concatenate([first, second], 2), whole, 1e-12)
+        assert_states_close(end, last, 1e-12)
         for t in range(cut, shape[2]):
             h, state = mlstm_step(*(x[:, :, t] for x in inputs), state)
-            close(h, whole[:, :, t], 1e-12)
-        close_state(state, last, 1e-12)
+            assert_close(h, whole[:, :, t], 1e-12)
+        assert_states_close(state, last, 1e-12)
 
 
 def test_packed_documents_equal_separate_ones():
@@ -274,10 +274,10 @@ def test_packed_documents_equal_separate_ones():
             return (h * cotangent).sum(), h
 
         (got, h), (want, each) = (jax.grad(f, has_aux=True)(inputs) for f in (packed, separate))
-        close(h, each, 1e-13)
+        assert_close(h, each, 1e-13)
         assert np.abs(mlstm(*inputs, **options)[0] - each).max() > 1e-2  # the resets matter
         for a, b in zip(got, want):
-            close(a, b, 1e-12)
+            assert_close(a, b, 1e-12)
 
 
 @pytest.mark.parametrize("impl", ["ref", *CHUNKED])
@@ -288,7 +288,7 @@ def test_masked_tokens_leave_the_state_alone(impl):
     i, f = inputs[3].at[:, :, 20:].set(-1e30), inputs[4].at[:, :, 20:].set(1e30)
     _, got = mlstm(*inputs[:3], i, f, state=state, impl=impl, chunk=16)
     _, want = mlstm(*(x[:, :, :20] for x in inputs), state=state, impl=impl, chunk=16)
-    close_state(got, want, 1e-6)
+    assert_states_close(got, want, 1e-6)
     _, written = mlstm(*inputs, state=state, impl=impl, chunk=16)
     assert np.abs(written.n - want.n).max() > 1e-2
 
@@ -301,8 +301,8 @@ def test_the_states_document():
     fresh, _ = mlstm(*inputs, state=state, state_segment=jnp.array([5, 4]), **options)
     goes_on, _ = mlstm(*inputs, state=state, **options)
     empty, _ = mlstm(*inputs, state=empty_state(2, 3, 8, 12), chunk=16)
-    close(fresh[0], goes_on[0], 1e-6)
-    close(fresh[1], empty[1], 1e-3)  # up to the gauge inside eps
+    assert_close(fresh[0], goes_on[0], 1e-6)
+    assert_close(fresh[1], empty[1], 1e-3)  # up to the gauge inside eps
     assert np.abs(goes_on[1] - empty[1]).max() > 1e-2
 
 
@@ -312,7 +312,7 @@ def test_check_5_vmap_equals_a_loop(impl):
     pairs = [jnp.stack(x) for x in zip(tensors(shape), tensors(shape, seed=5))]
     got, _ = jax.vmap(lambda *x: mlstm(*x, **options))(*pairs)
     for n in range(2):
-        close(got[n], mlstm(*(x[n] for x in pairs), **options)[0], 1e-5)
+        assert_close(got[n], mlstm(*(x[n] for x in pairs), **options)[0], 1e-5)
 
 
 def test_checks_5_and_10_on_eight_devices_as_on_one():

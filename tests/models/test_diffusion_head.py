@@ -50,14 +50,14 @@ def test_network_matches_published(params, golden, unroll):
     t = jnp.array([0, 1, 10, 500, 999])
     head = dh.bind(params, CFG, unroll=unroll)
     out = head(recipes.normal(2, 5, 4), t, recipes.normal(3, 5, 6))
-    recipes.close(out, golden["net"], 1e-5)
+    recipes.assert_close(out, golden["net"], 1e-5)
 
 
 def test_linen_module_shares_parameters(params, golden):
     module = dh.DiffusionHead(CFG)
     x, z = recipes.normal(2, 5, 4), recipes.normal(3, 5, 6)
     t = jnp.array([0, 1, 10, 500, 999])
-    recipes.close(module.apply({"params": params}, x, t, z), golden["net"], 1e-5)
+    recipes.assert_close(module.apply({"params": params}, x, t, z), golden["net"], 1e-5)
     made = nn.meta.unbox(module.init(jax.random.key(0), x, t, z)["params"])
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
 
@@ -134,7 +134,7 @@ def test_bound_equals_closed_form(t):
     steps = jnp.full(64, t)
     tables, zeros = dh.schedule(), jnp.zeros((64, 16))
     got = dh.variational_bound(tables, jnp.float32(x0), jnp.float32(x_t), steps, zeros, zeros)
-    recipes.close(got, want, 1e-4)
+    recipes.assert_close(got, want, 1e-4)
 
 
 def test_first_step_term_can_be_switched():
@@ -169,7 +169,7 @@ def test_bfloat16_network_keeps_float32_loss(params):
     x0, z, eps = recipes.normal(4, 12, 4), recipes.normal(5, 12, 6), recipes.normal(6, 12, 4)
     mse, vb = dh.loss(head, x0, z, jnp.asarray(T), eps)
     assert mse.dtype == vb.dtype == jnp.float32
-    recipes.close(mse, dh.loss(exact, x0, z, jnp.asarray(T), eps)[0], 3e-2)
+    recipes.assert_close(mse, dh.loss(exact, x0, z, jnp.asarray(T), eps)[0], 3e-2)
 
 
 @pytest.mark.parametrize(

@@ -70,18 +70,18 @@ def test_encode_matches_published(params, golden):
     moments = jax.jit(lambda p, x: kl_vae.encode(p, GOLDEN_CFG, x))(
         params, recipes.normal(10, 2, 16, 16, 3)
     )
-    recipes.close(moments, golden["moments"], 1e-5)
+    recipes.assert_close(moments, golden["moments"], 1e-5)
 
 
 def test_decode_matches_published(params, golden):
     images = jax.jit(lambda p, z: kl_vae.decode(p, GOLDEN_CFG, z))(
         params, recipes.normal(11, 2, 8, 8, 4)
     )
-    recipes.close(images, golden["decoded"], 1e-5)
+    recipes.assert_close(images, golden["decoded"], 1e-5)
 
 
 def test_divergence_matches_published(golden):
-    recipes.close(kl_vae.kl_divergence(20 * golden["moments"]), golden["kl"], 1e-5)
+    recipes.assert_close(kl_vae.kl_divergence(20 * golden["moments"]), golden["kl"], 1e-5)
 
 
 def test_weights_round_trip(params):
@@ -144,7 +144,7 @@ def test_group_norm_matches_the_definition():
     y = x.reshape(2, 15, 4, 2).astype(np.float64)
     mean, var = y.mean((1, 3), keepdims=True), y.var((1, 3), keepdims=True)
     want = ((y - mean) / np.sqrt(var + 1e-6)).reshape(x.shape) * scale + bias
-    recipes.close(kl_vae.group_norm(x, scale, bias, 4), want, 1e-5)
+    recipes.assert_close(kl_vae.group_norm(x, scale, bias, 4), want, 1e-5)
 
 
 def test_posterior_noise_follows_the_row_key():
@@ -257,7 +257,7 @@ def test_remat_and_bfloat16_keep_the_numbers(trained):
 
     plain, full, low = value(), value(remat="full"), value(precision="bfloat16")
     np.testing.assert_allclose(full[0], plain[0], rtol=1e-6)
-    recipes.close(full[1], plain[1], 1e-5)
+    recipes.assert_close(full[1], plain[1], 1e-5)
     np.testing.assert_allclose(low[0], plain[0], rtol=3e-2)
 
 

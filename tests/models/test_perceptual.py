@@ -26,7 +26,7 @@ def pictures():
 @pytest.mark.parametrize("net", ["alexnet", "vgg16"])
 def test_matches_the_package(nets, net):
     got = jax.jit(perceptual.lpips)(nets[net], *pictures())
-    recipes.close(got, recipes.load("perceptual")[net], 1e-4)
+    recipes.assert_close(got, recipes.load("perceptual")[net], 1e-4)
 
 
 def test_distance_grows_with_noise_and_is_zero_for_equals(nets):

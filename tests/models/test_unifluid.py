@@ -180,7 +180,7 @@ def packed(batch, length):
         f"und_{name}": jnp.stack([jnp.asarray(getattr(row, name)) for row in both])
         for name in ("tokens", "segments", "prefix")
     }
-    assert all(row.count == 2 for row in both)
+    assert all(row.segments.max() == 2 for row in both)
     return found | {"und_image": batch["und_image"][::2]}
 
 

@@ -66,6 +66,8 @@ def test_progress_shows_utilisation_where_known(monkeypatch):
         "step 10/7210 0%  loss 1.0000  lr 1.00e-03  2 steps/s  64 examples/s  MFU 41.2%  "
         "memory 1.50 GiB  data wait 3%  ETA 1h00m"
     )
+    compiled = metrics.progress(1, 7210, values | dict(steps_per_s=0.0, data_wait=0.0))
+    assert compiled == "step 1/7210 0%  loss 1.0000  lr 1.00e-03  memory 1.50 GiB"
     assert metrics.mfu(1e9, 2.0) is None  # no peak is known for this CPU
     monkeypatch.setitem(metrics.PEAK_FLOPS, jax.devices()[0].device_kind, 1e10)
     assert metrics.mfu(1e9, 2.0) == 2e9 / (1e10 * jax.device_count())

@@ -18,22 +18,22 @@ def lrs(steps=100, lr=2.0, **schedule):
     return np.asarray(jax.vmap(make_schedule(config))(jnp.arange(steps)))
 
 
-def close(found, wanted):
+def assert_close(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=1e-6)
 
 
 def test_warmup_and_constant():
     found = lrs(name="constant", warmup=10)
-    close(found[:10], 2.0 * np.arange(1, 11) / 10)
-    close(found[10:], 2.0)
-    close(lrs(steps=5, warmup=10), 2.0 * np.arange(1, 6) / 10)  # shorter than its warm-up
+    assert_close(found[:10], 2.0 * np.arange(1, 11) / 10)
+    assert_close(found[10:], 2.0)
+    assert_close(lrs(steps=5, warmup=10), 2.0 * np.arange(1, 6) / 10)  # shorter than its warm-up
 
 
 def test_cosine():
     found = lrs(name="cosine", warmup=20, final=0.1)
     x = (np.arange(20, 100) - 20) / 79
-    close(found[20:], 2.0 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * x))))
-    close(found[[20, 99]], [2.0, 0.2])
+    assert_close(found[20:], 2.0 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * x))))
+    assert_close(found[[20, 99]], [2.0, 0.2])
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_cosine():
 )
 def test_wsd(shape, fall):
     found = lrs(name="wsd", warmup=10, decay=30, final=0.1, shape=shape)
-    close(found[10:69], 2.0)
-    close(found[69:], 2.0 * fall((np.arange(69, 100) - 69) / 30))
-    close(found[99], 0.2)
+    assert_close(found[10:69], 2.0)
+    assert_close(found[69:], 2.0 * fall((np.arange(69, 100) - 69) / 30))
+    assert_close(found[99], 0.2)
     clamped = lrs(steps=20, name="wsd", warmup=10, decay=30, final=0.1, shape=shape)
     assert clamped[9] == 2.0 and np.all(np.diff(clamped[10:]) < 0)
 
@@ -57,13 +57,13 @@ def test_exp_linear():
     """xLSTM-7B: 0.1 x per 500 steps of exponential decay to step 540, then linear to zero."""
     found = lrs(steps=550, name="exp_linear", warmup=3, decay=10, rate=0.1, rate_steps=500)
     s = np.arange(3, 541)
-    close(found[3:541], 2.0 * 0.1 ** (s / 500))
-    close(found[541:], 2.0 * 0.1 ** (540 / 500) * (550 - np.arange(541, 550)) / 10)
+    assert_close(found[3:541], 2.0 * 0.1 ** (s / 500))
+    assert_close(found[541:], 2.0 * 0.1 ** (540 / 500) * (550 - np.arange(541, 550)) / 10)
 
 
 def test_piecewise():
     found = lrs(name="piecewise", boundaries=(30, 60), factors=(0.5, 0.1))
-    close(found, np.repeat([2.0, 1.0, 0.2], [30, 30, 40]))
+    assert_close(found, np.repeat([2.0, 1.0, 0.2], [30, 30, 40]))
 
 
 @pytest.mark.parametrize(
