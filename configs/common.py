@@ -29,11 +29,12 @@ def base(**overrides: Any) -> ConfigDict:
             objective=dict(name="model", freeze=("",)[:0]),
             data=data_config(),
             optimizer=dict(
-                name="adamw",
+                name="adamw",  # adamw | muon (hidden matrices; adamw for all else)
                 lr=1e-3,  # peak
                 b1=0.9,
                 b2=0.95,
                 eps=1e-8,
+                momentum=0.95,  # muon
                 weight_decay=0.0,
                 wd_mode="decoupled",  # decoupled | fully_decoupled (decay not times the peak lr)
                 clip=1.0,  # global norm; 0 switches it off

@@ -22,6 +22,7 @@ def data_config(**overrides) -> ml_collections.ConfigDict:
             und_size=0,  # side in pixels of the pictures to understand; 0 = image_size
             categories=("all",),  # OpenMoji groups: people, food, nature, travel, ...
             skin_tones=True,  # False leaves out the 2,035 variants by skin tone
+            families=False,  # True draws the variants by skin tone as often as one picture
             langs=LANGUAGES,  # caption languages; one is drawn per picture and epoch
             first_lang=0.0,  # share of captions in langs[0]; the other draws take all alike
             scenes=4000,  # training scenes; validation and test have a tenth each

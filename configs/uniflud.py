@@ -78,7 +78,7 @@ def _debug(config):
 
 
 def _full(config):
-    config.steps, config.batch_size, config.model.lam = 4300, 64, 0.05
+    config.steps, config.batch_size, config.model.lam = 4500, 66, 0.05
     config.model.update(image_size=64, picture_alone=True)
     config.model.decoder.update(width=256, layers=5, mlp=768, heads=4, kv_heads=2, head_dim=64)
     config.model.vit.update(width=192, layers=4, mlp=576, image_size=64)
@@ -90,19 +90,20 @@ def _full(config):
         skin_tones=True,
         image_size=64,
         latents=weights,
-        mix=dict(t2i=12.0, caption=1.0, vqa=3.0),
+        families=True,
+        mix=dict(t2i=8.0, caption=1.0, vqa=2.0),
         scenes=20_000,
         scene_glyphs=32,
         questions=8,
-        first_lang=0.25,
+        first_lang=0.4,
         prompt_length=24,
         text_length=72,
     )
     config.init_from = f"vae={weights}"
-    config.optimizer.lr = 1.5e-3
-    config.schedule.update(warmup=200, decay=1300)
+    config.optimizer.update(name="muon", lr=1.5e-3)
+    config.schedule.update(warmup=200, decay=1500)
     config.ema.decay = 0.999
-    config.checkpoint.every = 250
+    config.checkpoint.update(every=250, keep_every=3000)
     config.evaluation.update(captions=256, questions=400, prompts=240)
 
 

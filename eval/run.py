@@ -26,6 +26,8 @@ def run_all(config, model, params, *, step, rng, workdir, interrupted=None) -> d
             return results
         begin = time.monotonic()
         metrics = evaluate(model, params, step=step, rng=rng, workdir=Path(workdir))
+        if metrics is None:  # it has said what it lacks
+            continue
         metrics["seconds"] = time.monotonic() - begin
         results |= {f"{name}/{key}": float(value) for key, value in metrics.items()}
     if jax.process_index() == 0:

@@ -16,7 +16,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from input_pipeline import Pipeline, batching, edits, latents, layout, sources, store, tokenizers
+from input_pipeline import (
+    Pipeline,
+    batching,
+    edits,
+    latents,
+    layout,
+    openmoji,
+    sources,
+    store,
+    tokenizers,
+)
 from input_pipeline.examples import Examples
 from input_pipeline.layout import encode_answered, encode_prompt, encode_question
 
@@ -92,11 +102,34 @@ def _stack(found, *names: str) -> list[np.ndarray]:
     return [np.array([getattr(row, n) for row in found], np.int32) for n in names]
 
 
-def _captioned(found: Examples, langs: tuple[str, ...]) -> tuple[np.ndarray, list[list]]:
-    """Indices of the pictures with a caption in `langs`, and their (lang, caption) pairs."""
-    pairs = [[(k, e.captions[k]) for k in langs if k in e.captions] for e in found.items]
-    kept = [i for i, p in enumerate(pairs) if p]
-    return np.array(kept, np.int64), [pairs[i] for i in kept]
+class _Captioned:
+    """The pictures of `found` with a caption in data.langs, to be chosen one by one.
+
+    With data.families the variants of an OpenMoji drawing by skin tone are one choice: there are
+    6 or 26 of each person, and without it they are half of all pictures.
+    """
+
+    def __init__(self, found: Examples, data):
+        self.pairs = [
+            [(k, e.captions[k]) for k in data.langs if k in e.captions] for e in found.items
+        ]
+        families: dict = {}
+        for row, item in enumerate(found.items):
+            if self.pairs[row]:
+                joined = data.families and item.group >= 0
+                key = openmoji.family(item.id) if joined else row
+                families.setdefault(key, []).append(row)
+        self._choices = list(families.values())
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    def rows(self, chosen: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of `found`, what is left of the uniform numbers `u`) of these choices."""
+        among = np.array([len(self._choices[i]) for i in chosen])
+        member, rest = np.divmod(u * among, 1.0)
+        rows = [self._choices[i][int(m)] for i, m in zip(chosen, member)]
+        return np.array(rows, np.int64), rest
 
 
 def _need(count: int, batch: int, key: str, what: str, data) -> None:
@@ -111,18 +144,20 @@ def _generation(config, split: str, texts: _Texts) -> tuple[int, Callable]:
     """(count, make(indices, u)) of plain text-to-image rows."""
     data = config.data
     found = sources.load(data, split, data.image_size, data.captioned)
-    where, pairs = _captioned(found, tuple(data.langs))
+    captioned = _Captioned(found, data)
     moments = latents.moments(config, found, split) if data.latents else None
 
     def make(chosen: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
-        got = [texts.prompt(_pick_caption(pairs[i], x, data)[1]) for i, x in zip(chosen, u)]
+        rows, u = captioned.rows(chosen, u)
+        pairs = [_pick_caption(captioned.pairs[i], x, data) for i, x in zip(rows, u)]
+        got = [texts.prompt(caption) for _, caption in pairs]
         tokens, length = _stack(got, "tokens", "length")
         out = {"gen_tokens": tokens, "gen_length": length}
         if moments is None:
-            return out | {"gen_image": found.pictures.gather(where[chosen])}
-        return out | {"gen_moments": moments[where[chosen]]}
+            return out | {"gen_image": found.pictures.gather(rows)}
+        return out | {"gen_moments": moments[rows]}
 
-    return len(where), make
+    return len(captioned), make
 
 
 def _understanding(data, split: str, texts: _Texts, counts: dict[str, int]):
@@ -131,7 +166,8 @@ def _understanding(data, split: str, texts: _Texts, counts: dict[str, int]):
     found = sources.load(data, split, size)
     counts.update(found.counts)
     named = sources.load(data, split, size, data.captioned) if data.captioned else found
-    where, pairs = _captioned(named, tuple(data.langs))
+    captioned = _Captioned(named, data)
+    pairs = captioned.pairs
     asked = np.array([i for i, e in enumerate(found.items) if e.questions], np.int64)
 
     def one_each(captions: np.ndarray, questions: np.ndarray, u: np.ndarray):
@@ -161,12 +197,14 @@ def _understanding(data, split: str, texts: _Texts, counts: dict[str, int]):
         return zip(("tokens", "prefix", "segments"), _stack(got, "tokens", "prefix", "segments"))
 
     def make(captions: np.ndarray, questions: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
+        captions, rest = captioned.rows(captions, u[: len(captions)])
+        u = np.concatenate([rest, u[len(captions) :]])
         text = (several if data.questions > 1 else one_each)(captions, questions, u)
-        wanted = ((named, where[captions]), (found, asked[questions]))
+        wanted = ((named, captions), (found, asked[questions]))
         images = np.concatenate([s.pictures.gather(i) for s, i in wanted if len(i)])
         return {"und_image": images} | {f"und_{name}": array for name, array in text}
 
-    return len(where), len(asked), make
+    return len(captioned), len(asked), make
 
 
 def build(config, *, split: str, seed: int, process_index: int, process_count: int) -> Pipeline:

@@ -1,22 +1,38 @@
-"""The optimiser: clip by global norm, Adam moments, then per group learning rate and decay."""
+"""The optimiser: clip by global norm, a direction, then per group learning rate and decay.
 
+The direction is Adam's, or with `muon` the orthogonalised momentum of every hidden matrix (Jordan
+et al. 2024) at the update size of Adam (Moonlight, arXiv 2502.16982: 0.2 sqrt(max(in, out))), so
+that one learning rate and one weight decay serve both; everything else keeps Adam.
+"""
+
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
+from optax import contrib
 
 from training.tree import is_box, path_name
 
+OUTSIDE = {"vocab", "positions", "patch", "channels_in", "channels_out", "time"}
 
-def make_optimizer(config, schedule: Callable, labels: Any, decayed: Any):
+
+def make_optimizer(config, schedule: Callable, labels: Any, decayed: Any, matrices: Any = None):
     """optax transformation from config.optimizer.
 
-    labels: optimiser group of each leaf; decayed: bool of each leaf (weight decay applies).
+    labels: optimiser group of each leaf; decayed: bool of each leaf (weight decay applies);
+    matrices: `hidden_matrices` of the parameters, for muon.
     """
     o = config.optimizer
-    if o.name != "adamw":
-        raise ValueError(f"config.optimizer.name={o.name!r} must be adamw")
+    direction = optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)
+    match o.name:
+        case "adamw":
+            pass
+        case "muon":
+            direction = _muon(o.momentum, matrices, others=direction)
+        case other:
+            raise ValueError(f"config.optimizer.name={other!r} must be adamw or muon")
     groups = sorted(set(jax.tree.leaves(labels)))
     for name in o.groups:
         if name not in groups:
@@ -26,12 +42,27 @@ def make_optimizer(config, schedule: Callable, labels: Any, decayed: Any):
             )
     steps = {g: _group(config, schedule, o.groups.get(g, {}), decayed) for g in groups}
     clip = optax.clip_by_global_norm(o.clip) if o.clip > 0 else optax.identity()
-    adam = optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)
-    return optax.chain(clip, adam, optax.partition(steps, labels))
+    return optax.chain(clip, direction, optax.partition(steps, labels))
+
+
+def _muon(momentum: float, matrices: Any, others: optax.GradientTransformation):
+    """Muon's direction for the hidden matrices, `others` for the rest."""
+    if not jax.tree.leaves(matrices):
+        raise ValueError(
+            "config.optimizer.name='muon': no parameter has the logical axes of a hidden matrix"
+        )
+    axes = lambda updates: _like(matrices, updates)  # noqa: E731
+    muon = optax.chain(
+        contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=axes),
+        optax.stateless(lambda u, _: jax.tree.map(_as_adam, u, axes(u))),
+    )
+    is_leaf = lambda m: m is None or isinstance(m, contrib.MuonDimensionNumbers)  # noqa: E731
+    which = jax.tree.map(lambda m: "muon" if m else "others", matrices, is_leaf=is_leaf)
+    return optax.partition({"muon": muon, "others": others}, which)
 
 
 def _group(config, schedule: Callable, group: Mapping, decayed: Any):
-    """Update of one group from the Adam direction u: p -= lr * u + decay * p."""
+    """Update of one group from the direction u: p -= lr * u + decay * p."""
     o = config.optimizer
     extra = set(group) - {"lr_scale", "weight_decay_scale"}
     if extra:
@@ -65,6 +96,12 @@ def _like(decayed: Any, params: Any) -> Any:
     return jax.tree.map(lambda p, d: p if masked(p) else d, params, decayed, is_leaf=masked)
 
 
+def _as_adam(update: jax.Array, axes: contrib.MuonDimensionNumbers) -> jax.Array:
+    """An orthogonal update at the root mean square of Adam's, about 0.2 (arXiv 2502.16982)."""
+    sides = (math.prod(update.shape[i] for i in side) for side in axes)
+    return 0.2 * max(sides) ** 0.5 * update
+
+
 def decay_mask(boxed: Any) -> Any:
     """True for matrices: leaves with two or more axes beside the stacked layers, norms excepted."""
 
@@ -75,6 +112,24 @@ def decay_mask(boxed: Any) -> Any:
         return leaf.ndim >= 2
 
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+
+
+def hidden_matrices(boxed: Any) -> Any:
+    """Input and output axes of every matrix between hidden states, None for all other leaves.
+
+    Embeddings, position tables and the first and last projection are not hidden, as in the
+    reference; stacked layers are matrices of their own. Fused axes (heads x head_dim) count as one.
+    """
+
+    def one(leaf):
+        names = leaf.names if is_box(leaf) else ()
+        axes = [i for i, n in enumerate(names) if n != "layers"]
+        if len(axes) < 2 or "norm" in names or OUTSIDE & set(names):
+            return None
+        cut = 1 if names[axes[0]] == "embed" else -1
+        return contrib.MuonDimensionNumbers(tuple(axes[:cut]), tuple(axes[cut:]))
+
+    return jax.tree.map(one, boxed, is_leaf=is_box)
 
 
 def by_prefix(groups: Mapping[str, str], default: str = "default") -> Callable[[Any], Any]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from training import ema as ema_lib
-from training.optimizer import decay_mask, make_optimizer
+from training.optimizer import decay_mask, hidden_matrices, make_optimizer
 from training.schedules import make_schedule
 from training.sharding import shardings_for
 from training.tree import flat, path_name, unbox
@@ -54,7 +54,7 @@ def plan(model, objective, config, mesh) -> Plan:
     whole, extra, params, frozen = jax.eval_shape(boxed_init, key)
     schedule = make_schedule(config)
     labels = objective.labels(unbox(params))
-    tx = make_optimizer(config, schedule, labels, decay_mask(params))
+    tx = make_optimizer(config, schedule, labels, decay_mask(params), hidden_matrices(params))
     in_ema = ema_lib.selector(config, labels)
 
     def init(rng, loaded: Mapping[str, jax.Array]):

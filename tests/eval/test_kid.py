@@ -43,5 +43,5 @@ def test_reference_pictures_are_no_prompts(config, oracle, params, tmp_path):
 
 def test_without_the_extra_it_says_so(config, oracle, params, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kid.importlib.util, "find_spec", lambda name: None)
-    assert measure(config, oracle, params, tmp_path) == {}
+    assert measure(config, oracle, params, tmp_path) is None
     assert oracle.calls == [] and "pip install -e '.[eval]'" in capsys.readouterr().out

@@ -175,6 +175,29 @@ def test_languages_change_over_epochs(make_config, take):
     assert np.mean([len(v) for v in seen.values()]) > 3
 
 
+def test_families_are_drawn_as_often_as_single_pictures(make_config, take):
+    """An epoch shows every family once; its members by turns, each with its own captions."""
+    only = dict(t2i=1.0, caption=0.0, vqa=0.0)
+    tones = dict(categories=("people",), source="openmoji", mix=only, prompt_length=64)
+    config = make_config(50, families=True, **tones)
+    items = openmoji.load(config.data, "train", 32).items
+    families: dict[str, set] = {}
+    for item in items:
+        families.setdefault(openmoji.family(item.id), set()).update(item.captions.values())
+    assert len(items) > 3 * len(families) > 1000
+    pipeline = build(config)
+    batches = take(pipeline, 2 * len(families) // 50)
+    texts = [pipeline.tokenizer.decode(t) for b in batches for t in b["gen_tokens"]]
+    counted = [sum(t in captions for t in texts) for captions in families.values()]
+    # Names shared by several families make some counts larger; without them it is one per epoch.
+    assert np.median(counted) == 2 and np.percentile(counted, 80) <= 4
+    toned = [t for t in texts if "skin tone" in t]
+    assert len({t.split(":")[-1] for t in toned}) >= 5
+    single = build(make_config(50, families=True, categories=("food",), source="openmoji", mix=only))
+    plain = build(make_config(50, categories=("food",), source="openmoji", mix=only))
+    equal(take(single, 1)[0], take(plain, 1)[0])  # no families, no difference
+
+
 def test_too_long_texts_are_cut_and_counted(make_config, take):
     pipeline = build(make_config(32, prompt_length=4, text_length=12))
     got = take(pipeline, 5)

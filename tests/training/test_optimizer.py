@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.linen import LogicallyPartitioned as Box
 
 from configs.common import base
 from training import ema
-from training.optimizer import by_prefix, decay_mask, make_optimizer
+from training.optimizer import by_prefix, decay_mask, hidden_matrices, make_optimizer
 from training.schedules import make_schedule
 
 
@@ -139,6 +140,55 @@ def test_adamw(mode):
     jax.tree.map(same, params, wanted)
 
 
+def orthogonalised(x):
+    """Five quintic Newton-Schulz steps of Muon, written out (Jordan et al. 2024)."""
+    flip = x.shape[0] > x.shape[1]
+    x = x.T if flip else x
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if flip else x
+
+
+def test_muon():
+    """Three steps against NumPy: stacked matrices with fused axes, Adam for the embedding."""
+    names = dict(
+        embedding=("vocab", "embed"), q=("layers", "embed", "heads", "head_dim"), b=("embed",)
+    )
+    shapes = dict(embedding=(5, 4), q=(2, 4, 2, 3), b=(4,))
+    rng = np.random.default_rng(0)
+    params = {k: rng.normal(size=s) for k, s in shapes.items()}
+    boxed = {k: Box(jnp.float32(x), names[k]) for k, x in params.items()}
+    config = base(optimizer=dict(name="muon", lr=0.1, weight_decay=0.04, clip=0.0))
+    labels = by_prefix({})(params)
+    matrices = hidden_matrices(boxed)
+    tx = make_optimizer(config, make_schedule(config), labels, decay_mask(boxed), matrices)
+    found = {k: jnp.float32(x) for k, x in params.items()}
+    state = tx.init(found)
+    q, momentum = params["q"], np.zeros((2, 4, 6))
+    for t in range(1, 4):
+        grads = {k: rng.normal(size=s) for k, s in shapes.items()}
+        updates, state = tx.update({k: jnp.float32(g) for k, g in grads.items()}, state, found)
+        found = jax.tree.map(jnp.add, found, updates)
+        g = grads["q"].reshape(2, 4, 6)
+        momentum = 0.95 * momentum + 0.05 * g  # Nesterov, both parts without their bias
+        ahead = 0.95 * momentum / (1 - 0.95 ** (t + 1)) + 0.05 * g / (1 - 0.95**t)
+        u = np.stack([orthogonalised(x) for x in ahead]).reshape(q.shape)
+        q = q - 0.1 * (0.2 * np.sqrt(6) * u + 0.04 * q)
+    np.testing.assert_allclose(found["q"], q, atol=2e-6)
+    assert set(state[1].inner_states) == {"others", "muon"}
+    moments = state[1].inner_states["others"].inner_state.nu
+    assert moments["embedding"].shape == (5, 4) and isinstance(moments["q"], optax.MaskedNode)
+
+
+def test_muon_needs_a_hidden_matrix():
+    matrices = jax.tree.map(lambda x: None, PARAMS)
+    config = base(optimizer=dict(name="muon"))
+    with pytest.raises(ValueError, match="muon.*no parameter has"):
+        make_optimizer(config, make_schedule(config), by_prefix({})(PARAMS), DECAYED, matrices)
+
+
 def test_a_group_of_rate_zero_stands_still():
     config = base(optimizer=dict(weight_decay=0.1, groups=dict(head=dict(lr_scale=0.0))))
     labels = by_prefix({"head": "head"})(PARAMS)
@@ -151,7 +201,7 @@ def test_a_group_of_rate_zero_stands_still():
 @pytest.mark.parametrize(
     "optimizer, message",
     [
-        (dict(name="adam"), "config.optimizer.name='adam' must be adamw"),
+        (dict(name="adam"), "config.optimizer.name='adam' must be adamw or muon"),
         (dict(wd_mode="coupled"), "config.optimizer.wd_mode='coupled' must be decoupled or fully"),
         (dict(groups=dict(haed={})), "config.optimizer.groups has 'haed'.*default, head"),
         (dict(groups=dict(head=dict(lr=1.0))), "config.optimizer.groups has the key 'lr'"),
