@@ -193,8 +193,8 @@ def test_families_are_drawn_as_often_as_single_pictures(make_config, take):
     assert np.median(counted) == 2 and np.percentile(counted, 80) <= 4
     toned = [t for t in texts if "skin tone" in t]
     assert len({t.split(":")[-1] for t in toned}) >= 5
-    single = build(make_config(50, families=True, categories=("food",), source="openmoji", mix=only))
-    plain = build(make_config(50, categories=("food",), source="openmoji", mix=only))
+    food = tones | dict(categories=("food",))
+    single, plain = (build(make_config(50, families=f, **food)) for f in (True, False))
     equal(take(single, 1)[0], take(plain, 1)[0])  # no families, no difference
 
 
