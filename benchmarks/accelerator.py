@@ -25,11 +25,13 @@ from benchmarks import common
 SECTIONS = {
     "device": speed.device,
     "check_attention": checks.attention,
+    "check_mlstm": checks.mlstm,
     "check_cross_entropy": checks.cross_entropy,
     "check_decode": checks.decode,
     "check_generation": checks.pictures,
     "check_training": checks.training,
     "attention": speed.attention,
+    "mlstm": speed.mlstm,
     "cross_entropy": speed.cross_entropy,
     "decode": speed.decode,
     "training": speed.training,

@@ -10,6 +10,7 @@ from benchmarks import common
 from benchmarks import generation as drawing
 from benchmarks.language import LanguageModel
 from configs.common import load_config
+from kernels import mlstm as recurrent
 from kernels.attention import MaskSpec
 from kernels.attention.api import IMPLEMENTATIONS
 from kernels.errors import NotSupported
@@ -92,6 +93,51 @@ def attention(quick: bool, peaks: dict) -> list[dict]:
                     continue
                 found.append(verdict("attention", apart(got, want), limit, **row))
     return found
+
+
+@precise
+def mlstm(quick: bool, peaks: dict) -> list[dict]:
+    """Each implementation of the mLSTM against the recurrence: h, last state and gradients."""
+    shape = (1, 1, 40, 16, 32) if quick else (2, 4, 600, 256, 512)
+    found = []
+    for dtype, limit in (("float32", 1e-4), ("bfloat16", 2e-2)):
+        inputs, documents = mlstm_inputs(shape, dtype)
+        weight = jax.random.normal(jax.random.key(9), inputs[2].shape)
+
+        def both(impl, inputs, documents=documents, weight=weight):
+            def total(*inputs):
+                h, last = recurrent.mlstm(*inputs, segment_ids=documents, impl=impl)
+                # Times exp(m): what does not depend on the gauge has one gradient.
+                state = ((last.C.sum((2, 3)) + last.n.sum(2)) * jnp.exp(last.m)).sum()
+                return (h.astype(jnp.float32) * weight).sum() + 1e-3 * state, h
+
+            return jax.grad(total, (0, 1, 2, 3, 4), has_aux=True)(*inputs)
+
+        exact = [x.astype(jnp.float32) for x in inputs]
+        want = jax.jit(functools.partial(both, "ref"))(exact)
+        for impl in ("xla", "tpu", "gpu"):
+            row = {"dtype": dtype, "impl": impl}
+            if impl != "xla" and jax.default_backend() != impl:
+                continue
+            try:
+                got = jax.jit(functools.partial(both, impl))(inputs)
+            except NotSupported as error:
+                found.append({"check": "mlstm", **row, "not_supported": str(error)})
+                continue
+            found.append(verdict("mlstm", apart(got, want), limit, **row))
+    return found
+
+
+def mlstm_inputs(shape, dtype):
+    """((q, k, v, i, f), document of each token) of random tokens; shape is (B, H, T, K, V)."""
+    b, h, t, k, v = shape
+    keys = jax.random.split(jax.random.key(0), 6)
+    sizes = ((b, h, t, k), (b, h, t, k), (b, h, t, v))
+    # Positive q and k: sums that nearly cancel would measure the test, not the kernel.
+    q, key, value = (jax.random.normal(x, s).astype(dtype) for x, s in zip(keys, sizes))
+    i, f = jax.random.normal(keys[3], (b, h, t)), 3 + jax.random.normal(keys[4], (b, h, t))
+    documents = jnp.cumsum(jax.random.bernoulli(keys[5], 0.01, (b, t)), axis=1)
+    return (jnp.abs(q), jnp.abs(key), value, i, f), documents.astype(jnp.int32)
 
 
 @precise

@@ -9,9 +9,11 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks import generation as drawing
+from benchmarks.accelerator_checks import mlstm_inputs
 from benchmarks.language import LanguageModel
 from benchmarks.train_step import Step
 from configs.common import load_config
+from kernels import mlstm as recurrent
 from kernels.attention import MaskSpec
 from kernels.attention.api import IMPLEMENTATIONS
 from kernels.errors import NotSupported
@@ -115,6 +117,44 @@ def attention(quick: bool, peaks: dict) -> list[dict]:
             amount = dict(flops=flops * times, moved=moved)
             found.append(attempt(row, lambda run=run, a=amount: rate(seconds(run), peaks, **a)))
     return found
+
+
+def mlstm(quick: bool, peaks: dict) -> list[dict]:
+    """The mLSTM at a constant number of tokens, beside causal attention at the same model width.
+
+    16 heads of 128 and 256, the shape of arXiv 2503.14376; attention 32 heads of 128.
+    """
+    tokens, heads, k, v = (256, 2, 32, 64) if quick else (65_536, 16, 128, 256)
+    platform, found = jax.default_backend(), []
+    impls = ("xla", *({"tpu", "gpu"} & {platform}))
+    for length in (128, 256) if quick else (1024, 8192, 65_536):
+        rows = tokens // length
+        inputs, _ = mlstm_inputs((rows, heads, length, k, v), jnp.bfloat16)
+        pairs = 2 * tokens * heads * (128 * (k + v) // 2 + 2 * k * v)  # chunks of 128
+        moved = 2 * tokens * heads * 2 * (k + v)
+        forms = {f"mlstm {name}": functools.partial(_mlstm, name) for name in impls}
+        arrays = dict.fromkeys(forms, inputs)
+        if platform == "gpu":
+            forms["attention cudnn"] = _cudnn
+            x = jax.random.normal(jax.random.key(1), (rows, length, heads * v // 128, 128))
+            arrays["attention cudnn"] = (x.astype(jnp.bfloat16),) * 3
+        for name, form in forms.items():
+            grad = jax.grad(lambda *x, form=form: form(*x).sum(), (0, 1, 2))
+            for label, function, times in (("forward", form, 1), ("and backward", grad, 3)):
+                row = {"what": name, "length": length, "rows": rows, "pass": label}
+                run = functools.partial(jax.jit(function), *arrays[name])
+                work = dict(flops=pairs * times, moved=moved * times) if "mlstm" in name else {}
+                found.append(attempt(row, lambda run=run, w=work: rate(seconds(run), peaks, **w)))
+    return found
+
+
+def _mlstm(impl, *inputs):
+    return recurrent.mlstm(*inputs, impl=impl)[0].astype(jnp.float32)
+
+
+def _cudnn(q, k, v):
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    return out.astype(jnp.float32)
 
 
 def cross_entropy(quick: bool, peaks: dict) -> list[dict]:

@@ -28,6 +28,7 @@ def eval_config(**overrides) -> ml_collections.ConfigDict:
             edits=24,  # edited scenes of each kind
             gradient_examples=8,  # of each task in the batch of the gradient comparison
             loss_batches=4,  # of `batch` rows per split: losses
+            windows=512,  # packed windows of held-out text: bits_per_byte
             trunk="decoder",  # params[trunk] is what the two losses share
             sheet=24,  # pictures per contact sheet
             sheet_languages=("en", "es", "de", "fr", "ru", "ja", "ar"),

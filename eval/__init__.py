@@ -17,6 +17,7 @@ _MODULES = {
     "kid": "eval.kid",
     "gradients": "eval.gradients",
     "losses": "eval.losses",
+    "bits_per_byte": "eval.bits_per_byte",
     "edits": "eval.edits",
     "sheets": "eval.sheets",
     "power_law": "eval.scaling.power_law",

@@ -10,7 +10,16 @@ import jax
 from eval import EVALUATORS
 
 # Suffixes of keys that are no result but the level to compare one with.
-REFERENCES = ("chance", "unigram", "majority", "mean_picture", "real", "tokenizer")
+REFERENCES = (
+    "chance",
+    "unigram",
+    "majority",
+    "mean_picture",
+    "real",
+    "tokenizer",
+    "xz",
+    "xz_trained",
+)
 
 
 def run_all(config, model, params, *, step, rng, workdir, interrupted=None) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a unified model says and draws for a user's prompts and pictures, written as files."""
+"""What a model says and draws for a user's prompts and pictures, written as files."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from inference import drawing, unified
+from inference import drawing, unified, writing
 from input_pipeline import layout
 
 SAMPLER_KEYS = (
@@ -16,8 +16,16 @@ SAMPLER_KEYS = (
 
 
 def write(config, model, params, *, tokenizer, step, rng, workdir) -> None:
-    """Draw config.sample.prompts into samples/prompts-<step>.png, as the loop does on its way."""
+    """Draw config.sample.prompts into samples/prompts-<step>.png, as the loop does on its way.
+
+    A language model continues them in samples/prompts-<step>.txt.
+    """
     prompts = list(config.sample.prompts)
+    if writing.is_writer(model):
+        path = Path(workdir) / "samples" / f"prompts-{step}.txt"
+        common = dict(tokenizer=tokenizer, prompts=prompts, rng=rng, path=path)
+        writing.write(config, model, params, **common)
+        return
     pictures = draw(config, model, params, tokenizer, prompts, rng)
     folder = Path(workdir) / "samples"
     if jax.process_index() == 0:
@@ -28,11 +36,18 @@ def respond(config, model, params, *, tokenizer, step, rng, workdir, prompts, im
     """Mode sample: prompts become pictures; pictures get captions, answers or edits.
 
     Without pictures every prompt is drawn. With pictures every prompt is a question about each of
-    them (an edit where the config trains edits), and no prompt asks for captions.
+    them (an edit where the config trains edits), and no prompt asks for captions. A language model
+    continues every prompt.
     Returns the files written.
     """
     folder = Path(workdir) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
+    if writing.is_writer(model):
+        if images:
+            raise ValueError("--image: this model reads and writes text only")
+        given = dict(tokenizer=tokenizer, prompts=prompts or list(config.sample.prompts), rng=rng)
+        path = folder / f"sample-{step}.txt"
+        return writing.write(config, model, params, path=path, stream=True, **given)
     common = (config, model, params, tokenizer)
     if not images:
         prompts = prompts or list(config.sample.prompts)

@@ -13,7 +13,18 @@ _logged: set[tuple[str, str]] = set()
 def platform() -> str:
     """What is compiled for: the devices of the mesh that is set, attached or not, or JAX's own."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
+    name = device.platform if device is not None else jax.default_backend()
+    return "gpu" if name == "cuda" else name
+
+
+def compute_capability() -> str:
+    """Of the GPUs that are compiled for, as "9.0" for Hopper; "" where that is not known."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return str(getattr(jax.devices()[0], "compute_capability", ""))
+    # An unattached device has a name only.
+    hopper = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200", "NVIDIA H20")
+    return "9.0" if device.device_kind.startswith(hopper) else ""
 
 
 def choose(

@@ -9,11 +9,21 @@ from kernels import dispatch, shard
 from kernels.mlstm import context, ref, tpu, tpu_step, xla
 from kernels.mlstm.ref import EPS, State, empty_state
 
+
+def _on_gpu(*args, **options):
+    # Imported when used: Mosaic GPU is not part of every jaxlib.
+    from kernels.mlstm import gpu
+
+    return gpu.mlstm(*args, **options)
+
+
 IMPLEMENTATIONS = {
     "ref": ref.mlstm,
     "xla": xla.mlstm,
     "tpu": tpu.mlstm,
     "tpu_interpret": functools.partial(tpu.mlstm, interpret=True),  # on the CPU, for tests
+    "gpu": _on_gpu,
+    "gpu_interpret": functools.partial(_on_gpu, interpret=True),
 }
 STEPS = {
     "ref": ref.step,
@@ -22,7 +32,8 @@ STEPS = {
     "tpu_interpret": functools.partial(tpu_step.step, interpret=True),
 }
 # Tried in this order by impl="auto"; the last one takes everything.
-AUTO = {"tpu": ("tpu", "xla"), "cpu": ("xla",)}
+AUTO_STEP = {"tpu": ("tpu", "xla"), "cpu": ("xla",)}
+AUTO = AUTO_STEP | {"gpu": ("gpu", "xla")}
 
 
 def mlstm(
@@ -93,7 +104,7 @@ def mlstm_step(
     impl: str = "auto",
 ) -> tuple[Float[Array, "b h v"], State]:
     """One token of decoding: each state is read and written once."""
-    run, _ = dispatch.choose("mlstm_step", impl, STEPS, AUTO)
+    run, _ = dispatch.choose("mlstm_step", impl, STEPS, AUTO_STEP)
     head, state = ("batch", "act_heads"), State(*state)
     inputs = (q, k, v, i, f, state)
     memory = State((*head, None, None), (*head, None), head)

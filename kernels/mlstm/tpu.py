@@ -70,13 +70,13 @@ def mlstm(
     if not packed:
         documents = jnp.zeros((rows, length), jnp.int32)
     options = Options(chunk, eps, width**-0.5, official_backward, packed, interpret)
-    q, k, v = (_pad(_pad(x, 2, chunk), 3, LANES) for x in (q, k, v))
-    C = _pad(_pad(state.C, 2, LANES), 3, LANES)
-    i = _pad(i.astype(jnp.float32), 2, chunk, gates.NEVER)
-    log_f = _pad(jax.nn.log_sigmoid(f.astype(jnp.float32)), 2, chunk)
+    q, k, v = (pad(pad(x, 2, chunk), 3, LANES) for x in (q, k, v))
+    C = pad(pad(state.C, 2, LANES), 3, LANES)
+    i = pad(i.astype(jnp.float32), 2, chunk, gates.NEVER)
+    log_f = pad(jax.nn.log_sigmoid(f.astype(jnp.float32)), 2, chunk)
     more = i.shape[2] - length
     documents = jnp.pad(documents, ((0, 0), (0, more)), mode="edge")
-    n = _pad(state.n, 2, LANES)
+    n = pad(state.n, 2, LANES)
     h, (C, n, m) = _chunkwise(options, q, k, v, i, log_f, C, n, state.m, documents)
     return h[:, :, :length, :out], State(C[:, :, :width, :out], n[..., :width], m)
 
@@ -88,7 +88,8 @@ def default_chunk(length: int) -> int:
     return 128 if length > 64 else -(-length // 16) * 16
 
 
-def _pad(x, axis, multiple, value=0.0):
+def pad(x, axis, multiple, value=0.0):
+    """x with `value` behind, up to a multiple along one axis."""
     more = -x.shape[axis] % multiple
     if not more:
         return x

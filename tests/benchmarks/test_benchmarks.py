@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, common, cross_entropy
+from benchmarks import accelerator, common, cross_entropy, gpu_static
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = re.compile(r"python -m benchmarks\.(\w+)([^`\n|]*)")
@@ -31,6 +31,25 @@ def test_every_command_that_is_written_down_parses():
             assert set(options) <= {"--full"}, where
         else:
             importlib.import_module(f"benchmarks.{module}").arguments(options)
+
+
+def test_what_is_read_from_ptx_and_ptxas():
+    kernel = """.visible .entry mlstm_{name}_mosaic_gpu_kernel(
+$L1:
+  wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16
+  cp.async.bulk.tensor.2d
+  bra.uni {target};
+$L2:
+ptxas info    : Function properties for mlstm_{name}_mosaic_gpu_kernel
+    8 bytes stack frame, {spilt} bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers
+"""
+    text = kernel.format(name="sweep", target="$L1", spilt=4)
+    rows = gpu_static.kernels(text + kernel.format(name="product", target="$L2", spilt=8))
+    assert [row["kernel"] for row in rows] == ["sweep", "product"]
+    assert [row["spill_stores"] for row in rows] == [4, 8]
+    assert [row["spills_in_loops"] for row in rows] == [True, False]
+    assert all((row["registers"], row["wgmma"], row["tma"]) == (168, 1, 1) for row in rows)
 
 
 def test_interleave_turns_the_order_round():

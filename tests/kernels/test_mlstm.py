@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.errors import NotSupported
 from kernels.mlstm import State, empty_state, mlstm, mlstm_step
 
 # (B, H, T, K, V, chunk): one token, odd lengths, chunks that do not divide them, K = 1 and 130.
@@ -212,6 +213,36 @@ def test_check_3_tpu_gradients_of_bfloat16(official):
         assert_close(got, want, 2e-2)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_checks_1_to_3_gpu_equals_ref(packed):
+    """The two Hopper kernels in the interpreter: two chunks, padded heads, documents, both states.
+
+    bfloat16 in, so the measure is ref on the same numbers in float32.
+    """
+    shape = (1, 2, 150, 96, 192, 128) if packed else (1, 1, 256, 128, 256, 128)
+    inputs, state = tensors(shape, jnp.bfloat16), some_state(shape)
+    inputs[:2], state = [jnp.abs(x) for x in inputs[:2]], State(*map(jnp.abs, state))
+    numbers = ids(shape) if packed else None
+    cotangent = jax.random.normal(jax.random.key(9), inputs[2].shape)
+
+    def total(inputs, C, n, impl):
+        options = dict(segment_ids=numbers, impl=impl)
+        return objective(inputs, State(C, n, state.m), cotangent, **options)
+
+    def run(impl, inputs):
+        given = (inputs, state.C, state.n)
+        return jax.grad(total, argnums=(0, 1, 2))(*given, impl), mlstm(
+            *inputs, state=state, segment_ids=numbers, impl=impl
+        )
+
+    grads, (h, last) = run("gpu_interpret", inputs)
+    want_grads, (want, want_last) = run("ref", [x.astype(jnp.float32) for x in inputs])
+    assert_close(h, want, 2e-2)
+    assert_states_close(last, want_last, 2e-2)
+    for got, right in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads)):
+        assert_close(got, right, 2e-2)
+
+
 @pytest.mark.parametrize("impl", CHUNKED)
 @pytest.mark.parametrize("cut", [16, 20])
 def test_check_4_float32_calls_follow_each_other(impl, cut):
@@ -371,6 +402,34 @@ def test_check_6_tpu_compiles_at_the_7b_shape(topology):
     assert memory.alias_size_in_bytes >= 4 * h * k * v
 
 
+@pytest.mark.aot
+def test_check_6_hopper_compiles_at_the_7b_shape():
+    """Forward and backward, with documents: two kernels forward, five backward, on H100 by name."""
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the aot extra")
+    from training import topology
+
+    where = topology.parse("h100:1")
+    place = jax.sharding.SingleDeviceSharding(topology.devices(where)[0])
+    b, h, t, k, v = 1, 8, 2048, 256, 512
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    gates = [array(b, h, t, dtype=jnp.float32)] * 2
+    inputs = (array(b, h, t, k), array(b, h, t, k), array(b, h, t, v), *gates)
+    numbers = array(b, t, dtype=jnp.int32)
+
+    def loss(inputs, numbers):
+        return mlstm(*inputs, segment_ids=numbers)[0].astype(jnp.float32).sum()
+
+    with topology.described(where):
+        lowered = jax.jit(jax.grad(loss)).trace(inputs, numbers).lower(lowering_platforms=("cuda",))
+        compiled = lowered.compile(topology.compiler_options(where))
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 2 + 5
+    states, tokens = h * t // 128 * k * v * 2, h * t * v * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * states + 8 * tokens
+
+
 def test_memory_of_the_gradient_is_flat_in_scores():
     """Four times the tokens: at most about four times the temporaries, no T x T array."""
 
@@ -392,5 +451,12 @@ def test_mistakes_are_named():
         mlstm(*inputs[:4], inputs[4][:, :, :-1])
     with pytest.raises(ValueError, match="no official_backward"):
         mlstm(*inputs, impl="ref", official_backward=True)
+    with pytest.raises(NotSupported, match="mlstm on GPU takes bfloat16, not float32"):
+        mlstm(*inputs, impl="gpu")
+    narrow = [x.astype(jnp.bfloat16) for x in inputs[:3]]
+    with pytest.raises(NotSupported, match="takes Hopper"):
+        mlstm(*narrow, *inputs[3:], impl="gpu")
+    with pytest.raises(NotSupported, match="chunks of 128, not 64"):
+        mlstm(*narrow, *inputs[3:], impl="gpu_interpret", chunk=64)
     with pytest.raises(ValueError, match="at least one token"):
         mlstm(*(x[:, :, :0] for x in inputs))
