@@ -283,6 +283,32 @@ def test_check_4_two_calls_equal_one_and_steps(cut):
         assert_states_close(state, last, 1e-12)
 
 
+@pytest.mark.parametrize(
+    "input_gate, forget_gate, length",
+    [(15.0, -15.0, 4096), (-15.0, -15.0, 4096), (0.0, 15.0, 65_536)],
+)
+def test_check_9_gates_at_their_caps(input_gate, forget_gate, length):
+    """Finite values and gradients in bfloat16; h within bfloat16's reach of float64."""
+    shape = (1, 1, length, 8, 8, 64)
+    inputs = tensors(shape)
+    inputs[3], inputs[4] = (jnp.full((1, 1, length), x) for x in (input_gate, forget_gate))
+    inputs[:2] = [jnp.abs(x) for x in inputs[:2]]
+    narrow = [x.astype(jnp.bfloat16) for x in inputs[:3]] + inputs[3:]
+
+    def total(*inputs):
+        return mlstm(*inputs, chunk=64, impl="xla")[0].astype(jnp.float32).sum()
+
+    grads = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3, 4)))(*narrow)
+    assert all(bool(jnp.isfinite(g.astype(jnp.float32)).all()) for g in grads)
+    h, last = jax.jit(functools.partial(mlstm, chunk=64, impl="xla"))(*narrow)
+    assert all(bool(jnp.isfinite(x).all()) for x in last)
+    with jax.enable_x64():
+        exact = [jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64) for x in narrow]
+        want, _ = jax.jit(functools.partial(mlstm, chunk=64, impl="xla"))(*exact)
+        want = np.asarray(want)
+    assert_close(h.astype(jnp.float32), want, 2e-2)
+
+
 def test_packed_documents_equal_separate_ones():
     """Values and gradients at eps = 0, boundaries inside chunks, an open input gate before one."""
     with jax.enable_x64(True):

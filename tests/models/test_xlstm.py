@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.common import load_config
 from export.weights import flatten, from_published, to_published
 from models import xlstm
 from models.xlstm import SIZES, XLSTM, XLSTMConfig
+from training.schedules import make_schedule
 
 GOLDEN = XLSTMConfig(17, 64, 2, 2, ffn_factor=3.0)
 TINY = dataclasses.replace(SIZES["debug"], input_bias=-1.0)
@@ -209,3 +211,26 @@ def test_the_loss_is_the_mean_over_targets():
     assert sums["count"].sum() == 4 + 6 + 7
     np.testing.assert_allclose(value, sums["nll"].sum() / 17, rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], sums["correct"].sum() / 17, rtol=1e-5)
+
+
+def test_check_12_the_7b_schedule():
+    """Peak after the warm-up, 0.1 of it at 500K, lower until the last 7,000 begin, then 0."""
+    config = load_config("configs/xlstm.py:7b")
+    lr = lambda step: float(make_schedule(config)(step))  # noqa: E731
+    peak = config.optimizer.lr
+    assert config.steps == 550_000 and peak == 5e-4
+    assert lr(0) == pytest.approx(peak / 3000) and lr(2999) == pytest.approx(peak)
+    assert lr(500_000) == pytest.approx(0.1 * peak, rel=1e-5)
+    assert lr(543_000) == pytest.approx(peak * 0.1 ** (543 / 500), rel=1e-5)
+    assert lr(546_500) == pytest.approx(lr(543_000) / 2, rel=1e-5)
+    assert lr(549_999) < 1e-4 * peak
+
+
+def test_check_13_a_step_has_no_length():
+    """The state and the compiled step are the same whatever length is meant to come."""
+    net, params = net_and_params()
+    short, long = (xlstm.init_state(net.cfg, 2, max_len) for max_len in (16, 9973))
+    assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
+    step = jax.jit(functools.partial(xlstm.extend, net, params))
+    text = step.lower(jnp.zeros(2, jnp.int32), long).compile().as_text()
+    assert "9973" not in text and text.count("while(") == 1  # over the layers only
