@@ -13,7 +13,7 @@ def data_config(**overrides) -> ml_collections.ConfigDict:
     """Returns the data defaults with overrides applied."""
     config = ml_collections.ConfigDict(
         dict(
-            name="image_text",  # image_text | images | text
+            name="image_text",  # image_text | images | text | recall | needle
             source="openmoji+scenes",  # openmoji | scenes | folder, joined with "+"
             captioned="",  # sources of the pictures to draw and to caption; "" = source
             dir="~/.cache/uniflud/data",  # prepared sets; the env var UNIFLUD_CACHE wins
@@ -40,7 +40,8 @@ def data_config(**overrides) -> ml_collections.ConfigDict:
             cache_mb=1024,  # decoded pictures kept in memory; larger sets decode on the fly
             prefetch=4,  # batches made ahead by one thread; 0 = none
             text="stdlib",  # stdlib | docs | captions | folder (name="text")
-            length=256,  # tokens per packed window (name="text")
+            length=256,  # tokens per row of text (name="text", "recall", "needle")
+            pairs=8,  # keys with values to remember in a row (name="recall", "needle")
         )
     )
     config.update(overrides)

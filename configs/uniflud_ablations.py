@@ -65,12 +65,4 @@ def get_config(arg=""):
 
 
 def _runs(groups, spec="configs/uniflud.py", seeds=SEEDS, extra=SHORT, columns=PICTURES + TEXT):
-    runs = tuple(
-        (f"{group}/seed{seed}", spec, (*extra, *overrides, f"seed={seed}"))
-        for group, overrides in groups.items()
-        for seed in seeds
-    )
-    table = dict(metrics=columns)
-    return common.base(
-        task="runs", runs=runs, report="ablation_table", evaluation=dict(table=table)
-    )
+    return common.ablation(spec, groups, seeds, extra, columns)

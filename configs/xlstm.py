@@ -10,7 +10,9 @@ ablations at sizes a CPU trains. Data: the GCIDE dictionary where the extra `tex
 | variant | trains | where, how long |
 | --- | --- | --- |
 | (none) | 3.3 M parameters, windows of 256 tokens, packed documents | 2 CPU cores, minutes |
-| debug | the same with a tiny model, a few steps | under a minute |
+| recall | 8 keys with values to remember among 64 tokens | a minute |
+| needle | 4 keys with values hidden in 256 other tokens | minutes |
+| debug | the same as (none) with a tiny model, a few steps | under a minute |
 | 165m, 1.3b, 2.7b | the paper's smaller sizes, your own texts (config.data.path) | GPUs, TPUs |
 | 7b | its recipe at 512 x 8,192 tokens, without the ramp of the first 4,000 steps' batch | pods |
 """
@@ -20,11 +22,13 @@ import importlib.util
 from configs import common
 from configs.data import data_config
 
-VARIANTS = ("debug", "165m", "1.3b", "2.7b", "7b")
+VARIANTS = ("debug", "recall", "needle", "165m", "1.3b", "2.7b", "7b")
 PROMPTS = {
     "gcide": ("Snail (n.)", "Wooden (a.)", "To whistle (v.)", "", "", ""),
     "stdlib": ("import os\n", "def main(", "class Error", "", "", ""),
 }
+# The published choices; configs/xlstm_ablations.py changes them.
+CELL = dict(input_bias=-10.0, gate_cap=15.0, head_norm_eps=1e-6, learn_input_gate=True)
 SAMPLE = dict(
     max_new=96,
     temperature=0.8,  # 0: the most likely token
@@ -38,6 +42,8 @@ SAMPLE = dict(
 def get_config(arg=""):
     """The config of one variant; see the table above."""
     variant = common.parse_arg(arg, VARIANTS).variant
+    if variant in ("recall", "needle"):
+        return _recall(variant)
     if variant not in ("", "debug"):
         return _published(variant)
     text = "gcide" if importlib.util.find_spec("dictionary") else "stdlib"
@@ -46,7 +52,7 @@ def get_config(arg=""):
         seed=0,
         steps=steps,
         batch_size=16,
-        model=dict(name="xlstm", vocab_size=0, xlstm=dict(size="tiny")),
+        model=dict(name="xlstm", vocab_size=0, xlstm=dict(size="tiny", **CELL)),
         data=data_config(name="text", text=text, length=256, vocab_size=4096),
         optimizer=dict(lr=3e-3, b2=0.95, weight_decay=0.1, clip=0.5),
         schedule=_decay(steps, warmup=50),
@@ -65,6 +71,23 @@ def get_config(arg=""):
     return config
 
 
+def _recall(variant: str):
+    """Associative recall: fresh rows at every step; accuracy counts answers only."""
+    data = dict(length=64, pairs=8) if variant == "recall" else dict(length=256, pairs=4)
+    return common.base(
+        seed=0,
+        steps=1500,
+        batch_size=64,
+        model=dict(name="xlstm", vocab_size=0, xlstm=dict(size="debug", **CELL)),
+        data=data_config(name=variant, vocab_size=196, **data),
+        optimizer=dict(lr=3e-3, b2=0.95, weight_decay=0.1, clip=0.5),
+        schedule=dict(name="cosine", warmup=100, final=0.05),
+        evals=("losses",),
+        checkpoint=dict(every=500, keep=2),
+        log_every=50,
+    )
+
+
 def _decay(steps: int, warmup: int) -> dict:
     """The 7B run's schedule: to 0.1 of the peak at 10/11 of the steps, at last linearly to 0."""
     return dict(
@@ -79,7 +102,7 @@ def _published(variant: str):
     config = common.base(
         steps=steps,
         batch_size=512 if large else 256,
-        model=dict(name="xlstm", vocab_size=50_304, xlstm=dict(size=variant)),
+        model=dict(name="xlstm", vocab_size=50_304, xlstm=dict(size=variant, **CELL)),
         data=data_config(
             name="text", text="folder", vocab_size=50_304, length=8192 if large else 2048
         ),

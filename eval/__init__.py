@@ -16,6 +16,7 @@ _MODULES = {
     "reconstruction": "eval.reconstruction",
     "kid": "eval.kid",
     "gradients": "eval.gradients",
+    "gradient_norms": "eval.gradient_norms",
     "losses": "eval.losses",
     "bits_per_byte": "eval.bits_per_byte",
     "edits": "eval.edits",

@@ -48,10 +48,18 @@ def _text(config, **kwargs):
     return text.build(config, **kwargs)
 
 
+def _recall(config, **kwargs):
+    from input_pipeline import recall
+
+    return recall.build(config, **kwargs)
+
+
 # Each builder: (config, *, split, seed, process_index, process_count) -> Pipeline. Builders
 # import lazily, so that a run pays only for the data it reads.
 DATASETS: dict[str, Callable[..., Pipeline]] = {
     "image_text": _image_text,
     "images": _images,
     "text": _text,
+    "recall": _recall,
+    "needle": _recall,
 }

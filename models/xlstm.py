@@ -273,10 +273,15 @@ def init_state(cfg: XLSTMConfig, rows: int, max_len: int = 0) -> State:
 
 
 def next_tokens(batch) -> tuple[Int[Array, "b t"], Float[Array, "b t"]]:
-    """(target, weight) of every position: the next token of the same document."""
+    """(target, weight) of every position: the next token of the same document.
+
+    batch["scored"], where there is one, says at which positions the target counts.
+    """
     tokens, segments = batch["tokens"], batch["segment_ids"]
     after = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
     weights = (segments == after) & (segments > 0)
+    if "scored" in batch:
+        weights &= batch["scored"] > 0
     return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))), weights.astype(jnp.float32)
 
 
@@ -384,11 +389,14 @@ def build(config) -> Model:
         return net.init(rng, tokens, method="text")["params"], {}
 
     ints = jax.ShapeDtypeStruct((config.batch_size, config.data.length), jnp.int32)
+    keys = ("tokens", "segment_ids", "positions")
+    if config.data.name in ("recall", "needle"):
+        keys += ("scored",)
     return Model(
         init=init,
         loss=functools.partial(loss, net),
         norms=norms,
         predict=predict(net),
-        batches={"text": dict(tokens=ints, segment_ids=ints, positions=ints)},
+        batches={"text": dict.fromkeys(keys, ints)},
         weights=weight_map(cfg),
     )

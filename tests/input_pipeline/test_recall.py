@@ -1,0 +1,54 @@
+"""Associative recall and needles: every answer can be looked up, nothing else is scored."""
+
+import numpy as np
+import pytest
+
+from configs.common import base
+from configs.data import data_config
+from input_pipeline import DATASETS, recall
+
+
+def config(name="recall", **fields):
+    fields = dict(length=40, pairs=6, vocab_size=64, prefetch=0) | fields
+    return base(batch_size=8, data=data_config(name=name, **fields))
+
+
+def build(config, split="train", index=0, count=1, seed=0):
+    name = config.data.name
+    where = dict(process_index=index, process_count=count)
+    return DATASETS[name](config, split=split, seed=seed, **where)
+
+
+@pytest.mark.parametrize("name", ["recall", "needle"])
+def test_every_scored_position_asks_for_a_value_told_before(name, take):
+    c = config(name)
+    keys, values, hay = recall.ranges(64)
+    for batch in take(build(c), 3):
+        assert {k: v.shape for k, v in batch.items()} == dict.fromkeys(batch, (8, 40))
+        for tokens, scored in zip(batch["tokens"], batch["scored"]):
+            asked = np.flatnonzero(scored)
+            assert len(asked) == 6 == len({*tokens[asked]})
+            for at in asked:
+                first = np.flatnonzero(tokens == tokens[at])[0]
+                assert first < asked.min() and tokens[first + 1] == tokens[at + 1]
+                assert tokens[at] in keys and tokens[at + 1] in values
+            others = np.delete(tokens, [*asked, *(asked + 1)])
+            silent = others[~np.isin(others, [*keys, *values])]
+            assert np.isin(silent, hay).all() if name == "needle" else not silent.any()
+            if name == "recall":
+                assert tokens[:12:2].tolist() == [k for k in tokens if k in keys][:6]
+
+
+def test_batches_do_not_depend_on_processes_and_splits_differ(take):
+    c = config()
+    (whole,) = take(build(c), 1)
+    halves = [take(build(c, index=i, count=2), 1)[0]["tokens"] for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(halves), whole["tokens"])
+    first, second = take(build(c), 2)
+    assert (first["tokens"] != second["tokens"]).any()
+    assert (take(build(c, split="test"), 1)[0]["tokens"] != whole["tokens"]).any()
+
+
+def test_what_does_not_fit_is_named(take):
+    with pytest.raises(ValueError, match="config.data.pairs=11: length=40 holds 10 pairs"):
+        take(build(config(pairs=11)), 1)
