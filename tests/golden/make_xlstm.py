@@ -1,24 +1,24 @@
 """Makes xlstm.npz: a tiny random xLSTM of the transformers package.
 
-    python tests/golden/make_xlstm.py            (needs torch and transformers; made with VERSION)
+    python tests/golden/make_xlstm.py            (needs torch and transformers; made with 5.24.0)
 
-The weights under their published names ("w:" + name, float16 values; gates drawn afresh, since the
-package initialises them and the up-gate to 0), token ids [2, 53], float32 logits of the whole text,
-and the state of every layer after 37 tokens ("C0", "n0", "m0", ...) with the logits from there on.
+Weights are recipes.weights(1) by published name (the package's own initialisation leaves gates and
+the up-gate at 0). Stored: token ids [2, 53], float32 logits of the whole text, those of steps after
+a prefill of 37 tokens, and the first row's state of every layer after the prefill.
 """
 
 from pathlib import Path
 
 import numpy as np
 import torch
+from recipes import weights
 from transformers import xLSTMConfig, xLSTMForCausalLM
 
 PREFIX, LENGTH = 37, 53
 
 
 def model():
-    """Two blocks of width 128; weights that fit into float16."""
-    torch.manual_seed(0)
+    """Two blocks of width 128."""
     config = xLSTMConfig(
         vocab_size=48,
         hidden_size=128,
@@ -32,17 +32,8 @@ def model():
         chunk_size=16,
     )
     made = xLSTMForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, weight in made.named_parameters():
-            if weight.ndim == 2:
-                weight.copy_(torch.randn_like(weight) * weight.shape[1] ** -0.5)
-            elif "igate_preact.bias" in name:
-                weight.copy_(torch.randn_like(weight) - 2)
-            elif "fgate_preact.bias" in name:
-                weight.copy_(torch.randn_like(weight) + 3)
-            else:
-                weight.copy_(1 + 0.1 * torch.randn_like(weight))
-            weight.copy_(weight.half().float())
+    shapes = {k: tuple(v.shape) for k, v in made.state_dict().items()}
+    made.load_state_dict({k: torch.from_numpy(v) for k, v in weights(shapes, 1).items()})
     return made
 
 
@@ -54,24 +45,19 @@ def main():
         out = net(ids[:, :PREFIX], use_cache=True)
         states = {}
         for layer, state in out.cache_params.rnn_state.items():
-            for name, value in zip("Cnm", state):
-                # Ours are C [b, h, k, v], n [b, h, k], m [b, h].
-                states[f"{name}{layer}"] = (
-                    value.float().numpy().reshape(value.shape[:-1] if name == "m" else value.shape)
-                )
+            for name, value in zip("Cnm", state):  # C [b, h, k, v], n [b, h, k], m [b, h]
+                states[f"{name}{layer}"] = value[:1].float().numpy().copy()
         rest, cache = [out.logits[:, -1]], out.cache_params
         for t in range(PREFIX, LENGTH - 1):
             out = net(ids[:, t : t + 1], cache_params=cache, use_cache=True)
             cache = out.cache_params
             rest.append(out.logits[:, -1])
-    weights = {f"w:{k}": v.half().numpy() for k, v in net.state_dict().items()}
     np.savez_compressed(
         Path(__file__).with_name("xlstm.npz"),
         ids=ids.numpy().astype(np.int32),
         logits=whole.float().numpy(),
         steps=torch.stack(rest, 1).float().numpy(),
         **states,
-        **weights,
     )
 
 

@@ -1,4 +1,4 @@
-"""Weights and inputs of golden numbers that come from public repositories, made from seeds alone.
+"""Weights and inputs of golden numbers of public implementations, made from seeds alone.
 
 `mar.npz`: outputs of github.com/LTH14/mar at commit fe470ac24afbee924668d8c5c83e9fec60af3a73 in
 float32 on a CPU, recipe in README.md. Only outputs are stored; weights and inputs are these.

@@ -13,6 +13,7 @@ from configs.common import load_config
 from export.weights import flatten, from_published, to_published
 from models import xlstm
 from models.xlstm import SIZES, XLSTM, XLSTMConfig
+from tests.golden import recipes
 from training.schedules import make_schedule
 
 GOLDEN = XLSTMConfig(17, 64, 2, 2, ffn_factor=3.0)
@@ -151,6 +152,31 @@ def test_check_6_prefill_and_steps_equal_one_pass():
     _, whole = xlstm.prefill(net, params, tokens, jnp.array([50, 50]), xlstm.init_state(net.cfg, 2))
     scale = jnp.exp(state.m - whole.m)
     np.testing.assert_allclose(state.n * scale[..., None], whole.n, rtol=1e-4, atol=1e-5)
+
+
+def test_check_6_equals_the_transformers_package():
+    """Random weights: logits of a text, the state after 37 tokens and single steps from there."""
+    golden = recipes.load("xlstm")
+    cfg = XLSTMConfig(48, 128, 2, 2)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))
+    names = xlstm.weight_map(cfg)
+    shapes = {k: v.shape for k, v in to_published(zeros, names).items()}
+    params = from_published(recipes.weights(shapes, 1), names, abstract(cfg))
+    net, ids = XLSTM(cfg), jnp.asarray(golden["ids"])
+    logits = jax.jit(lambda t: net.apply({"params": params}, t, method="text"))(ids)
+    recipes.assert_close(logits, golden["logits"], 1e-5)
+    lengths = jnp.full(2, 37)
+    scores, state = xlstm.prefill(net, params, ids[:, :37], lengths, xlstm.init_state(cfg, 2))
+    for layer in range(2):
+        C, n, m = (golden[f"{name}{layer}"].reshape(x[layer, :1].shape)
+                   for name, x in zip("Cnm", state))  # fmt: skip
+        shift = np.exp(m - state.m[layer, :1])  # the gauge is not the state's
+        recipes.assert_close(state.C[layer, :1], C * shift[..., None, None], 1e-5)
+        recipes.assert_close(state.n[layer, :1], n * shift[..., None], 1e-5)
+    step = jax.jit(functools.partial(xlstm.extend, net, params))
+    for t, want in enumerate(golden["steps"].swapaxes(0, 1), 37):
+        recipes.assert_close(scores, want, 1e-5)
+        scores, state = step(ids[:, t], state)
 
 
 def test_check_8_ragged_rows_equal_single_ones():
