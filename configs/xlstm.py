@@ -9,7 +9,7 @@ ablations at sizes a CPU trains. Data: the GCIDE dictionary where the extra `tex
 
 | variant | trains | where, how long |
 | --- | --- | --- |
-| (none) | 3.3 M parameters, windows of 256 tokens, packed documents | 2 CPU cores, minutes |
+| (none) | 3.5 M parameters, windows of 256 tokens, packed documents | 2 CPU cores, minutes |
 | recall | 8 keys with values to remember among 64 tokens | a minute |
 | needle | 4 keys with values hidden in 256 other tokens | minutes |
 | debug | the same as (none) with a tiny model, a few steps | under a minute |
