@@ -9,8 +9,8 @@ from inference import text
 
 
 def is_writer(model) -> bool:
-    """Whether the model continues texts (inference/text.py's three functions)."""
-    return "extend" in model.predict
+    """Whether inference/text.py can continue texts with it; a unified model has caches instead."""
+    return "init_state" in model.predict
 
 
 def write(
