@@ -8,58 +8,39 @@ for the FLOPs and bytes of the whole call. How long it takes, only a GPU can say
 (`python -m benchmarks.accelerator`). Needs the extra `aot`.
 """
 
-import argparse
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+from benchmarks import static
+
+CHIP = "h100:1"
 ENTRY = re.compile(r"^\.visible \.entry mlstm_(\w+?)_mosaic_gpu_kernel", re.M)
 # Kernels of each program; C is computed again for the gradient.
 USES = {"forward": ["C", "h"], "forward + backward": ["C", "C", "dC", "dk", "dq", "dv", "h"]}
 
 
-def arguments(argv=None) -> argparse.Namespace:
+def arguments(argv=None):
     """Command line of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--out", default="")
-    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return static.parser(__doc__).parse_args(argv)
 
 
 def main(argv=None) -> None:
-    """Compiles in a process of its own: dumps are switched on before jax is imported."""
+    """Compiles each program in a process of its own."""
     args = arguments(argv)
     if args.one:
         return compile_one(args.one, args.tokens)
     rows = [row for program in USES for row in _program(program, args.tokens)]
-    for row in rows:
-        print(json.dumps(row))
-    if args.out:
-        command = f"python -m benchmarks.gpu_static --tokens={args.tokens}"
-        text = json.dumps({"command": command, "rows": rows}, indent=1)
-        Path(args.out).write_text(text + "\n")
-        print(f"written to {args.out}")
+    static.report(rows, f"python -m benchmarks.gpu_static --tokens={args.tokens}", args.out)
 
 
 def _program(program: str, tokens: int) -> list[dict]:
-    from training import topology
-
-    where = topology.parse("h100:1")
-    topology.check_installed(where)
-    env = os.environ | topology.environment(where)
-    env |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    command = [sys.executable, "-m", "benchmarks.gpu_static", f"--one={program}"]
-    done = subprocess.run([*command, f"--tokens={tokens}"], env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    rows = kernels(done.stdout)
+    flags = [f"--one={program}", f"--tokens={tokens}"]
+    dumps = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    printed = static.child("benchmarks.gpu_static", CHIP, flags, dumps)
+    rows = kernels(printed)
     if sorted(row["kernel"] for row in rows) != USES[program]:
         raise SystemExit(f"{program}: the kernels are {[row['kernel'] for row in rows]}")
-    rows.append(json.loads(done.stdout.splitlines()[-1]))
+    rows.append(json.loads(printed.splitlines()[-1]))
     return [dict(program=program) | row for row in rows]
 
 
@@ -102,22 +83,17 @@ def compile_one(program: str, tokens: int) -> None:
     from kernels.mlstm import mlstm
     from training import topology
 
-    where = topology.parse("h100:1")
-    place = jax.sharding.SingleDeviceSharding(topology.devices(where)[0])
-    b, h, t, k, v, length = 1, 8, tokens, 256, 512, 128
-
-    def array(*sizes, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
-
-    gates = [array(b, h, t, dtype=jnp.float32)] * 2
-    inputs = (array(b, h, t, k), array(b, h, t, k), array(b, h, t, v), *gates)
+    where = topology.parse(CHIP)
+    device = topology.devices(where)[0]
+    _, inputs = static.mlstm_7b(device, tokens)
+    (b, h, t, k), v, length = inputs[0].shape, inputs[2].shape[3], 128
 
     def loss(*x):
         return (mlstm(*x, impl="gpu")[0].astype(jnp.float32) ** 2).sum()
 
     backward = program != "forward"
     function = jax.grad(loss, argnums=(0, 1, 2, 3, 4)) if backward else loss
-    with topology.described(where):
+    with jax.set_mesh(jax.sharding.Mesh([device], ("data",))):
         traced = jax.jit(function).trace(*inputs)
         compiled = traced.lower(lowering_platforms=("cuda",)).compile(
             topology.compiler_options(where)

@@ -10,13 +10,11 @@ included, beside the compiler's own estimate for the XLA formulation. The figure
 the machine's load. Needs the extra `aot`; two minutes a chip on two cores.
 """
 
-import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+from benchmarks import static
 
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 SLOTS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL")
@@ -27,51 +25,36 @@ SUFFIX = "final_hlo-static-per-bundle-utilization.txt"
 CORES = {"v5p": 2}
 
 
-def arguments(argv=None) -> argparse.Namespace:
+def arguments(argv=None):
     """Command line of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = static.parser(__doc__)
     parser.add_argument("--topology", default=",".join(CHIPS))
     parser.add_argument("--chunk", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--out", default="")
-    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> None:
-    """Compiles each chip's kernels in a process of its own: dumps are switched on before jax."""
+    """Compiles each chip's kernels in a process of its own."""
     args = arguments(argv)
     if args.one:
         print(json.dumps(one(args.topology, args.one, args.chunk, args.tokens)))
         return
     rows = [row for name in args.topology.split(",") for row in _process(name, args)]
-    for row in rows:
-        print(json.dumps(row))
-    if args.out:
-        command = f"python -m benchmarks.tpu_static --chunk={args.chunk} --tokens={args.tokens}"
-        text = json.dumps({"command": command, "rows": rows}, indent=1)
-        Path(args.out).write_text(text + "\n")
-        print(f"written to {args.out}")
+    command = f"python -m benchmarks.tpu_static --chunk={args.chunk} --tokens={args.tokens}"
+    static.report(rows, command, args.out)
 
 
 def _process(name: str, args) -> list[dict]:
-    from training import topology
-
-    where = topology.parse(name)
-    topology.check_installed(where)
     with tempfile.TemporaryDirectory() as folder:
+        flags = [f"--one={folder}", f"--topology={name}"]
+        flags += [f"--chunk={args.chunk}", f"--tokens={args.tokens}"]
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        env = os.environ | topology.environment(where) | {"LIBTPU_INIT_ARGS": dump}
-        command = [sys.executable, "-m", "benchmarks.tpu_static", f"--one={folder}"]
-        command += [f"--topology={name}", f"--chunk={args.chunk}", f"--tokens={args.tokens}"]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-        return json.loads(done.stdout.splitlines()[-1])
+        printed = static.child("benchmarks.tpu_static", name, flags, {"LIBTPU_INIT_ARGS": dump})
+        return json.loads(printed.splitlines()[-1])
 
 
 def one(name: str, folder: str, chunk: int, tokens: int) -> list[dict]:
-    """Rows of one chip: the mLSTM at xLSTM 7B's head sizes, one sequence of 8 heads, bfloat16."""
+    """Rows of one chip."""
     import jax
     import jax.numpy as jnp
 
@@ -79,14 +62,8 @@ def one(name: str, folder: str, chunk: int, tokens: int) -> list[dict]:
     from training import hlo, topology
 
     where = topology.parse(name)
-    place = jax.sharding.SingleDeviceSharding(topology.devices(where)[0])
-    b, h, t, k, v = 1, 8, tokens, 256, 512
-
-    def array(*sizes, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
-
-    gates = [array(b, h, t, dtype=jnp.float32)] * 2
-    inputs = (array(b, h, t, k), array(b, h, t, k), array(b, h, t, v), *gates)
+    array, inputs = static.mlstm_7b(topology.devices(where)[0], tokens)
+    b, h, t, _ = inputs[0].shape
 
     def forward(impl, size):
         return lambda *x: mlstm(*x, impl=impl, chunk=size)[0]
@@ -101,7 +78,7 @@ def one(name: str, folder: str, chunk: int, tokens: int) -> list[dict]:
     def program(function, *arrays):
         return hlo.analyse(jax.jit(function).lower(*arrays).compile().as_text(), 1)
 
-    weighted = (array(b, h, t, v), *inputs)
+    weighted = (array(*inputs[2].shape), *inputs)
     alone, both = (
         program(forward("tpu", chunk), *inputs),
         program(gradient("tpu", chunk), *weighted),

@@ -12,7 +12,7 @@ from configs.data import data_config
 from configs.evals import eval_config
 from configs.loading import flatten, load_config, typed, unknown
 
-__all__ = ["ablation", "base", "flatten", "load_config", "parse_arg", "unknown"]
+__all__ = ["base", "flatten", "load_config", "parse_arg", "unknown"]
 # Sections whose keys belong to one system; everywhere else an unknown key is a typo.
 OPEN = ("model", "objective", "data", "sample", "optimizer.groups")
 
@@ -77,18 +77,6 @@ def base(**overrides: Any) -> ConfigDict:
     )
     _merge(config, overrides, "")
     return config
-
-
-def ablation(spec: str, groups: dict, seeds, extra, columns) -> ConfigDict:
-    """Task `runs`: `spec` with (*extra, *overrides) for every group's overrides and every seed,
-    then a table of these metrics."""
-    runs = tuple(
-        (f"{group}/seed{seed}", spec, (*extra, *overrides, f"seed={seed}"))
-        for group, overrides in groups.items()
-        for seed in seeds
-    )
-    table = dict(metrics=columns)
-    return base(task="runs", runs=runs, report="ablation_table", evaluation=dict(table=table))
 
 
 def _merge(config: ConfigDict, overrides: dict, where: str) -> None:

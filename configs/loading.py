@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-HELPERS = ("__init__.py", "common.py", "data.py", "evals.py", "loading.py")
+HELPERS = ("__init__.py", "common.py", "data.py", "evals.py", "loading.py", "runs.py")
 
 
 def unknown(kind: str, name: str, allowed) -> str:

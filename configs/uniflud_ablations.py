@@ -17,9 +17,10 @@ workdir.
 """
 
 from configs import common
+from configs.runs import ablation
 
+CONFIG = "configs/uniflud.py"
 LAMBDAS = (0.005, 0.05, 0.1, 0.5, 2.0)
-SEEDS = (0, 1, 2)
 PICTURES = (
     "retrieval/train_top1_classifier",
     "retrieval/train_top1_latent",
@@ -43,26 +44,23 @@ def get_config(arg=""):
     if variant == "debug":
         groups = {f"lam={lam}": (f"model.lam={lam}",) for lam in (0.1, 1.0)}
         quick = ('evals=("captioning",)', "sample.prompts=()")
-        return _runs(groups, "configs/uniflud.py:debug", (0,), quick, TEXT[:2])
+        return ablation("configs/uniflud.py:debug", groups, quick, TEXT[:2], seeds=(0,))
     if variant == "seeds":
         columns = (*PICTURES[:2], *TEXT[:2], *(f"questions/{k}" for k in KINDS))
-        return _runs({"default": ()}, extra=(), columns=columns)
+        return ablation(CONFIG, {"default": ()}, columns=columns)
     if variant == "order":
         groups = {
             "random": (),
             "raster": ("model.order=raster", "sample.order=raster"),
             "random without P_next": ("model.order_pos=self",),
         }
-        return _runs(groups)
+        return ablation(CONFIG, groups, SHORT, PICTURES + TEXT)
     if variant == "joint":
         groups = {
             "pictures only": ("data.mix.caption=0.0", "data.mix.vqa=0.0", "batch_size=40"),
             "both": ("model.lam=0.05",),
             "text only": ("data.mix.t2i=0.0", "batch_size=40", "model.lam=1.0"),
         }
-        return _runs(groups)
-    return _runs({f"lam={lam}": (f"model.lam={lam}",) for lam in LAMBDAS})
-
-
-def _runs(groups, spec="configs/uniflud.py", seeds=SEEDS, extra=SHORT, columns=PICTURES + TEXT):
-    return common.ablation(spec, groups, seeds, extra, columns)
+        return ablation(CONFIG, groups, SHORT, PICTURES + TEXT)
+    groups = {f"lam={lam}": (f"model.lam={lam}",) for lam in LAMBDAS}
+    return ablation(CONFIG, groups, SHORT, PICTURES + TEXT)

@@ -10,9 +10,7 @@ ablations at sizes a CPU trains. Data: the GCIDE dictionary where the extra `tex
 | variant | trains | where, how long |
 | --- | --- | --- |
 | (none) | 3.5 M parameters, windows of 256 tokens, packed documents | 2 CPU cores, minutes |
-| recall | 8 keys with values to remember among 64 tokens | a minute |
-| needle | 4 keys with values hidden in 256 other tokens | minutes |
-| debug | the same as (none) with a tiny model, a few steps | under a minute |
+| debug | the same with a tiny model, a few steps | under a minute |
 | 165m, 1.3b, 2.7b | the paper's smaller sizes, your own texts (config.data.path) | GPUs, TPUs |
 | 7b | its recipe at 512 x 8,192 tokens, without the ramp of the first 4,000 steps' batch | pods |
 """
@@ -22,7 +20,7 @@ import importlib.util
 from configs import common
 from configs.data import data_config
 
-VARIANTS = ("debug", "recall", "needle", "165m", "1.3b", "2.7b", "7b")
+VARIANTS = ("debug", "165m", "1.3b", "2.7b", "7b")
 PROMPTS = {
     "gcide": ("Snail (n.)", "Wooden (a.)", "To whistle (v.)", "", "", ""),
     "stdlib": ("import os\n", "def main(", "class Error", "", "", ""),
@@ -42,8 +40,6 @@ SAMPLE = dict(
 def get_config(arg=""):
     """The config of one variant; see the table above."""
     variant = common.parse_arg(arg, VARIANTS).variant
-    if variant in ("recall", "needle"):
-        return _recall(variant)
     if variant not in ("", "debug"):
         return _published(variant)
     text = "gcide" if importlib.util.find_spec("dictionary") else "stdlib"
@@ -69,23 +65,6 @@ def get_config(arg=""):
         config.checkpoint.every = 10
         config.evaluation.update(windows=32, batch=16)
     return config
-
-
-def _recall(variant: str):
-    """Associative recall: fresh rows at every step; accuracy counts answers only."""
-    data = dict(length=64, pairs=8) if variant == "recall" else dict(length=256, pairs=4)
-    return common.base(
-        seed=0,
-        steps=1500,
-        batch_size=64,
-        model=dict(name="xlstm", vocab_size=0, xlstm=dict(size="debug", **CELL)),
-        data=data_config(name=variant, vocab_size=196, **data),
-        optimizer=dict(lr=3e-3, b2=0.95, weight_decay=0.1, clip=0.5),
-        schedule=dict(name="cosine", warmup=100, final=0.05),
-        evals=("losses",),
-        checkpoint=dict(every=500, keep=2),
-        log_every=50,
-    )
 
 
 def _decay(steps: int, warmup: int) -> dict:

@@ -16,8 +16,9 @@ on where it was. Leaves report.md, report.json and report.png in the workdir.
 """
 
 from configs import common
+from configs.runs import ablation
 
-SEEDS = (0, 1, 2)
+CONFIG = "configs/xlstm.py"
 TEXT = (
     "steps=300",
     "schedule.rate_steps=270",
@@ -44,17 +45,12 @@ def get_config(arg=""):
             for eps in (1e-6, 1e-2)
             for bias in (-10, -5, -2)
         }
-        return common.ablation("configs/xlstm.py", groups, SEEDS, TEXT, STEADY[:1])
-    if variant == "bias":
+        return ablation(CONFIG, groups, TEXT, STEADY[:1])
+    if variant in ("bias", "caps"):
         groups = {f"bias={b}": (f"{model}input_bias={b}.0",) for b in (-10, -5, 0)}
-        return common.ablation(
-            "configs/xlstm.py", groups, SEEDS, (*TEXT, "optimizer.lr=9e-3"), STEADY
-        )
-    if variant == "caps":
-        groups = {"capped": (), "cap a million": (f"{model}gate_cap=1e6",)}
-        return common.ablation(
-            "configs/xlstm.py", groups, SEEDS, (*TEXT, "optimizer.lr=9e-3"), STEADY
-        )
+        if variant == "caps":
+            groups = {"capped": (), "cap a million": (f"{model}gate_cap=1e6",)}
+        return ablation(CONFIG, groups, (*TEXT, "optimizer.lr=9e-3"), STEADY)
     fixed = f"{model}learn_input_gate=False"
     groups = {
         "learnt": (),
@@ -62,5 +58,5 @@ def get_config(arg=""):
         "fixed at 0": (fixed, f"{model}input_bias=0.0"),
     }
     if variant == "debug":
-        return common.ablation("configs/xlstm.py:recall", groups, (0,), ("steps=20",), RECALL)
-    return common.ablation("configs/xlstm.py:recall", groups, SEEDS, (), RECALL)
+        return ablation("configs/recall.py:debug", groups, columns=RECALL, seeds=(0,))
+    return ablation("configs/recall.py", groups, columns=RECALL)

@@ -1,8 +1,8 @@
 """Evaluators. EVALUATORS[name](config) -> fn(model, params, *, step, rng, workdir) -> metrics.
 
 Metrics are flat: {"test_loss": 2.3, "test_loss_unigram": 5.0}. A key that ends in one of
-`eval.run.REFERENCES` is the chance level or baseline of the key before it. Fits and reports take
-model=None and params=None.
+`eval.run.REFERENCES` is the chance level or baseline of the key before it. An evaluator that lacks
+what it needs says so and returns None. Fits and reports take model=None and params=None.
 """
 
 import importlib

@@ -117,7 +117,7 @@ class _Captioned:
         for row, item in enumerate(found.items):
             if self.pairs[row]:
                 joined = data.families and item.group >= 0
-                key = openmoji.family(item.id) if joined else row
+                key = openmoji.base_glyph(openmoji.characters(item.id)) if joined else row
                 families.setdefault(key, []).append(row)
         self._choices = list(families.values())
 

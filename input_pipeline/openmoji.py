@@ -67,11 +67,6 @@ def has_tone(glyph_id: str) -> bool:
     return not TONES.isdisjoint(int(c, 16) for c in glyph_id.split("-"))
 
 
-def family(glyph_id: str) -> str:
-    """The drawing without its skin tones: what all variants by skin tone share."""
-    return "-".join(c for c in glyph_id.split("-") if int(c, 16) not in TONES)
-
-
 def split_of(text: str) -> str:
     """test for 1/20 of all texts, validation for 1/20, train for the rest, by SHA-256."""
     bucket = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 20

@@ -10,21 +10,19 @@ from kernels.errors import NotSupported
 _logged: set[tuple[str, str]] = set()
 
 
-def platform() -> str:
+def _device():
     """What is compiled for: the devices of the mesh that is set, attached or not, or JAX's own."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = device.platform if device is not None else jax.default_backend()
-    return "gpu" if name == "cuda" else name
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
-def compute_capability() -> str:
-    """Of the GPUs that are compiled for, as "9.0" for Hopper; "" where that is not known."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        return str(getattr(jax.devices()[0], "compute_capability", ""))
-    # An unattached device has a name only.
-    hopper = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200", "NVIDIA H20")
-    return "9.0" if device.device_kind.startswith(hopper) else ""
+def platform() -> str:
+    """cpu, gpu or tpu."""
+    return _device().platform
+
+
+def device_kind() -> str:
+    """The device's name, as "NVIDIA H100 80GB HBM3"."""
+    return _device().device_kind
 
 
 def choose(

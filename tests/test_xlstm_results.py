@@ -1,4 +1,4 @@
-"""The committed xLSTM run holds what docs/results/xlstm.md says, and starts as this code starts."""
+"""The committed xLSTM run holds what docs/results/xlstm.md says."""
 
 import json
 import math

@@ -125,7 +125,9 @@ class _Loop:
             raise
         self._close()
         if fresh:
-            say(f"finished: {steps} steps in {self.workdir}")
+            samples = self.workdir / "samples"
+            where = f"; to look at: {samples}" if samples.is_dir() else ""
+            say(f"finished: {steps} steps in {self.workdir}{where}")
 
     def _close(self) -> None:
         with contextlib.ExitStack() as stack:

@@ -132,20 +132,6 @@ def devices(topology: Topology) -> list[Any]:
         raise ValueError(f"--topology={topology.name} is refused: {reason}") from None
 
 
-def described(topology: Topology):
-    """Context in which kernels are traced for the topology's chips: implementations are chosen by
-    the device that is described, not by those attached."""
-    import jax
-
-    kinds = {"h100": ("NVIDIA H100 80GB HBM3", 132), "v5e": ("TPU v5 lite", 1)}
-    kinds |= {"v5p": ("TPU v5", 2), "v6e": ("TPU v6 lite", 1)}
-    kind, cores = kinds[topology.kind]
-    device = jax.sharding.AbstractDevice(
-        device_kind=kind, num_cores=cores, platform=topology.chip.platform
-    )
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
-
-
 def _found(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None

@@ -55,6 +55,12 @@ def _gauges(g, a, kept, m):
     return jnp.concatenate([m[..., None], after[..., :-1]], axis=-1), after[..., -1]
 
 
+def den_gradient(dh, h, den, bound, least) -> Float[Array, "..."]:
+    """Gradient of den in h = num / bound, bound = max(|den|, least) + eps."""
+    along = (dh.astype(den.dtype) * h.astype(den.dtype)).sum(-1).reshape(den.shape)
+    return jnp.where(jnp.abs(den) > least, -jnp.sign(den) * along / bound, 0.0)
+
+
 def rows(
     i: Float[Array, "b h c l"],
     log_f: Float[Array, "b h c l"],

@@ -24,10 +24,11 @@ from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
 from kernels.errors import NotSupported
-from kernels.mlstm import gates, gpu_kernels
+from kernels.mlstm import blocks, gates, gpu_kernels
 from kernels.mlstm.gpu_kernels import BLOCK, ROWS, SLOTS, USERS, Product
 from kernels.mlstm.ref import EPS, State
-from kernels.mlstm.tpu import pad
+
+HOPPER = ("NVIDIA H100", "NVIDIA H20", "NVIDIA GH200")  # names of devices with wgmma
 
 
 class Options(NamedTuple):
@@ -60,22 +61,15 @@ def mlstm(
     """
     if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
         raise NotSupported(f"mlstm on GPU takes bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if not interpret and dispatch.compute_capability() != "9.0":
+    if not interpret and not dispatch.device_kind().startswith(HOPPER):
         raise NotSupported("mlstm on GPU takes Hopper (H100, H200): wgmma is of no other")
     if chunk not in (None, BLOCK):
         raise NotSupported(f"mlstm on GPU has chunks of {BLOCK}, not {chunk}")
-    rows, heads, length, width = q.shape
-    out = v.shape[-1]
+    length, width, out = q.shape[2], q.shape[3], v.shape[3]
     packed = documents is not None
-    if not packed:
-        documents = jnp.zeros((rows, length), jnp.int32)
     options = Options(eps, width**-0.5, official_backward, packed, interpret)
-    q, k, v = (pad(pad(x, 2, BLOCK), 3, BLOCK) for x in (q, k, v))
-    C, n = pad(pad(state.C, 2, BLOCK), 3, BLOCK), pad(state.n, 2, BLOCK)
-    i = pad(i.astype(jnp.float32), 2, BLOCK, gates.NEVER)
-    log_f = pad(jax.nn.log_sigmoid(f.astype(jnp.float32)), 2, BLOCK)
-    documents = jnp.pad(documents, ((0, 0), (0, i.shape[2] - length)), mode="edge")
-    h, (C, n, m) = _chunkwise(options, q, k, v, i, log_f, C, n, state.m, documents)
+    inputs = blocks.padded(q, k, v, i, f, state, documents, BLOCK)
+    h, (C, n, m) = _chunkwise(options, *inputs)
     return h[:, :, :length, :out], State(C[:, :, :width, :out], n[..., :width], m)
 
 
@@ -143,11 +137,6 @@ def _product(name, options: Product, x, y, z, M, rows, vector, partner):
     return call(x, y, z, M, rows, vector, partner)
 
 
-def _merge(x):
-    """[b, h, ...] -> [b h, ...]."""
-    return x.reshape(-1, *x.shape[2:])
-
-
 def _normalisers(k, weight, gamma, n, reverse=False):
     """n before each chunk [bh, c, K] and the last [bh, K]: n' = gamma n + sum_s weight_s k_s."""
     k = k.reshape(*weight.shape, -1).astype(jnp.float32)
@@ -169,18 +158,6 @@ def _chunkwise(options, q, k, v, i, log_f, C, n, m, documents):
     return _run(options, q, k, v, i, log_f, C, n, m, documents)[0]
 
 
-def _gates(i, log_f, documents, m):
-    """(gate rows [bh, c, l], document numbers likewise, gauge of the last state [b, h])."""
-    rows, heads, length = i.shape
-    cut = (length // BLOCK, BLOCK)
-    numbers = documents.reshape(rows, *cut)
-    found, last = gates.rows(
-        i.reshape(rows, heads, *cut), log_f.reshape(rows, heads, *cut), numbers, m
-    )
-    numbers = jnp.broadcast_to(numbers[:, None].astype(jnp.float32), found.r.shape)
-    return jax.tree.map(_merge, found), _merge(numbers), last
-
-
 def _rows(**rows):
     """The eight rows of gpu_kernels.product, by name; those not named are 0."""
     one = next(iter(rows.values()))
@@ -191,8 +168,8 @@ def _rows(**rows):
 def _run(options, q, k, v, i, log_f, C, n, m, documents):
     """((h, state), den [bh, c, l])."""
     batch = q.shape[:2]
-    found, numbers, last = _gates(i, log_f, documents, m)
-    q, k, v, C, n = (_merge(x) for x in (q, k, v, C, n))
+    found, numbers, last = blocks.gate_rows(i, log_f, documents, m, BLOCK)
+    q, k, v, C, n = map(blocks.merge, (q, k, v, C, n))
     Cs, C = _sweep("C", options, k, v, found.u, found.gamma, C)
     ns, n = _normalisers(k, found.u, found.gamma, n)
     rows = _rows(
@@ -229,16 +206,14 @@ def _backward(options, residuals, cotangents):
     q, k, v, i, log_f, C, n, m, documents, h, den, last = residuals
     dh, (dC, dn, _) = cotangents
     batch, length = q.shape[:2], q.shape[2]
-    found, numbers, _ = _gates(i, log_f, documents, m)
+    found, numbers, _ = blocks.gate_rows(i, log_f, documents, m, BLOCK)
     bound = jnp.maximum(jnp.abs(den), found.bound) + options.eps
     dden = jnp.zeros_like(den)
     if not options.official_backward:
-        along = (dh.astype(jnp.float32) * h.astype(jnp.float32)).sum(-1).reshape(den.shape)
-        dden = jnp.where(jnp.abs(den) > found.bound, -jnp.sign(den) * along / bound, 0.0)
-    q, k, v, dh, C, n, dC, dn = (_merge(x) for x in (q, k, v, dh, C, n, dC, dn))
+        dden = gates.den_gradient(dh, h, den, bound, found.bound)
+    into_last = (last[0] * dC).sum((-2, -1)) + (last[1] * dn).sum(-1)
+    q, k, v, dh, C, n, dC, dn = map(blocks.merge, (q, k, v, dh, C, n, dC, dn))
     dh, w = dh.astype(v.dtype), options.scale * found.w
-    into_last = ((last[0] * dC.reshape(last[0].shape)).sum((-2, -1))
-                 + (last[1] * dn.reshape(last[1].shape)).sum(-1))  # fmt: skip
     Cs, _ = _sweep("C", options, k, v, found.u, found.gamma, C)
     ns, _ = _normalisers(k, found.u, found.gamma, n)
     dCs, dC = _sweep("dC", options, q, dh, w / bound, found.gamma, dC, reverse=True)

@@ -24,9 +24,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels.errors import NotSupported
-from kernels.mlstm import gates, tpu_kernels
+from kernels.mlstm import blocks, gates, tpu_kernels
 from kernels.mlstm.ref import EPS, State
-from kernels.mlstm.tpu_kernels import LANES, SUBLANES
+from kernels.mlstm.tpu_kernels import SUBLANES
 
 
 class Options(NamedTuple):
@@ -61,23 +61,14 @@ def mlstm(
     """
     if v.dtype not in (jnp.float32, jnp.bfloat16) or state.C.dtype != jnp.float32:
         raise NotSupported(f"mlstm on TPU takes float32 or bfloat16, not {v.dtype}")
-    rows, heads, length, width = q.shape
-    out = v.shape[-1]
+    length, width, out = q.shape[2], q.shape[3], v.shape[3]
     chunk = chunk or default_chunk(length)
     if chunk % 16:
         raise NotSupported(f"mlstm on TPU needs a chunk that is a multiple of 16, not {chunk}")
     packed = documents is not None
-    if not packed:
-        documents = jnp.zeros((rows, length), jnp.int32)
     options = Options(chunk, eps, width**-0.5, official_backward, packed, interpret)
-    q, k, v = (pad(pad(x, 2, chunk), 3, LANES) for x in (q, k, v))
-    C = pad(pad(state.C, 2, LANES), 3, LANES)
-    i = pad(i.astype(jnp.float32), 2, chunk, gates.NEVER)
-    log_f = pad(jax.nn.log_sigmoid(f.astype(jnp.float32)), 2, chunk)
-    more = i.shape[2] - length
-    documents = jnp.pad(documents, ((0, 0), (0, more)), mode="edge")
-    n = pad(state.n, 2, LANES)
-    h, (C, n, m) = _chunkwise(options, q, k, v, i, log_f, C, n, state.m, documents)
+    inputs = blocks.padded(q, k, v, i, f, state, documents, chunk)
+    h, (C, n, m) = _chunkwise(options, *inputs)
     return h[:, :, :length, :out], State(C[:, :, :width, :out], n[..., :width], m)
 
 
@@ -86,15 +77,6 @@ def default_chunk(length: int) -> int:
     if length >= 256:
         return 256
     return 128 if length > 64 else -(-length // 16) * 16
-
-
-def pad(x, axis, multiple, value=0.0):
-    """x with `value` behind, up to a multiple along one axis."""
-    more = -x.shape[axis] % multiple
-    if not more:
-        return x
-    widths = [(0, more if a == axis else 0) for a in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=value)
 
 
 class _Plan(NamedTuple):
@@ -167,33 +149,11 @@ def _shape(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _chunked(options, i, log_f, documents, m) -> tuple[gates.Rows, Float[Array, "b h"]]:
-    """(gate rows, gauge of the last state), computed outside the kernels."""
-    rows, heads, length = i.shape
-    cut = (length // options.chunk, options.chunk)
-    return gates.rows(
-        i.reshape(rows, heads, *cut),
-        log_f.reshape(rows, heads, *cut),
-        documents.reshape(rows, *cut),
-        m,
-    )
-
-
-def _stack(found: gates.Rows, documents, bound, dden=None) -> Float[Array, "bh c 8 l"]:
+def _stack(found: gates.Rows, numbers, bound, dden=None) -> Float[Array, "bh c 8 l"]:
     """The eight rows of every chunk."""
-    shape = found.r.shape
-    gamma = jnp.broadcast_to(found.gamma[..., None], shape)
-    numbers = documents.astype(jnp.float32).reshape(shape[0], 1, *shape[2:])
-    numbers = jnp.broadcast_to(numbers, shape)
-    dden = jnp.zeros(shape) if dden is None else dden
-    parts = [found.r, found.c, found.w, found.u, bound, gamma, numbers, dden]
-    stacked = jnp.stack(parts, axis=3)
-    return stacked.reshape(-1, *stacked.shape[2:])
-
-
-def _merge(x):
-    """[b, h, ...] -> [b h, ...]."""
-    return x.reshape(-1, *x.shape[2:])
+    gamma = jnp.broadcast_to(found.gamma[..., None], found.r.shape)
+    dden = jnp.zeros_like(found.r) if dden is None else dden
+    return jnp.stack([found.r, found.c, found.w, found.u, bound, gamma, numbers, dden], axis=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -202,11 +162,12 @@ def _chunkwise(options, q, k, v, i, log_f, C, n, m, documents):
 
 
 def _run(options, q, k, v, i, log_f, C, n, m, documents):
-    """((h, state), den [b, h, t])."""
+    """((h, state), den [bh, c, l])."""
     batch = q.shape[:2]
-    found, m = _chunked(options, i, log_f, documents, m)
-    rows = _stack(found, documents, found.bound)
-    inputs = (_merge(q), _merge(k), _merge(v), rows, _merge(C), _merge(n)[:, None])
+    found, numbers, m = blocks.gate_rows(i, log_f, documents, m, options.chunk)
+    rows = _stack(found, numbers, found.bound)
+    q, k, v, C, n = map(blocks.merge, (q, k, v, C, n))
+    inputs = (q, k, v, rows, C, n[:, None])
     plan = _plan(options, inputs[0], inputs[2])
     heads, chunks, length, width, out = plan[:5]
     memory, normaliser = plan.per_head(width, out), plan.per_head(1, width)
@@ -226,7 +187,7 @@ def _run(options, q, k, v, i, log_f, C, n, m, documents):
         [plan.tokens(out), plan.per_chunk(1, length), memory, normaliser],
     )
     state = (C.reshape(*batch, width, out), n.reshape(*batch, width), m)
-    return (h.reshape(*batch, -1, out), state), den.reshape(*batch, -1)
+    return (h.reshape(*batch, -1, out), state), den.reshape(found.r.shape)
 
 
 def _forward(options, q, k, v, i, log_f, C, n, m, documents):
@@ -238,16 +199,14 @@ def _backward(options, residuals, cotangents):
     q, k, v, i, log_f, C, n, m, documents, h, den = residuals
     dh, (dC, dn, _) = cotangents
     batch = q.shape[:2]
-    found, _ = _chunked(options, i, log_f, documents, m)
-    den = den.reshape(found.bound.shape)
+    found, numbers, _ = blocks.gate_rows(i, log_f, documents, m, options.chunk)
     bound = jnp.maximum(jnp.abs(den), found.bound) + options.eps
     dden = jnp.zeros_like(den)
     if not options.official_backward:
-        along = (dh.astype(jnp.float32) * h.astype(jnp.float32)).sum(-1).reshape(den.shape)
-        dden = jnp.where(jnp.abs(den) > found.bound, -jnp.sign(den) * along / bound, 0.0)
-    rows = _stack(found, documents, 1.0 / bound, dden)
-    q, k, v, dh = (_merge(x) for x in (q, k, v, dh))
-    Cs, ns = _states(options, k, v, rows, _merge(C), _merge(n)[:, None])
+        dden = gates.den_gradient(dh, h, den, bound, found.bound)
+    rows = _stack(found, numbers, 1.0 / bound, dden)
+    q, k, v, dh, C, n, dC, dn = map(blocks.merge, (q, k, v, dh, C, n, dC, dn))
+    Cs, ns = _states(options, k, v, rows, C, n[:, None])
     plan = _plan(options, q, v, reverse=True)
     heads, chunks, length, width, out = plan[:5]
     memory, normaliser = plan.per_head(width, out), plan.per_head(1, width)
@@ -255,7 +214,7 @@ def _backward(options, residuals, cotangents):
         tpu_kernels.backward,
         options,
         plan,
-        (q, k, v, dh, rows, Cs, ns, _merge(dC), _merge(dn)[:, None]),
+        (q, k, v, dh, rows, Cs, ns, dC, dn[:, None]),
         [plan.tokens(width), plan.tokens(width), plan.tokens(out), plan.tokens(out)]
         + [plan.per_chunk(SUBLANES, length), plan.per_chunk(width, out)]
         + [plan.per_chunk(1, width), memory, normaliser],

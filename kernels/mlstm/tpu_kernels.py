@@ -10,7 +10,6 @@ from jax.experimental import pallas as pl
 
 from kernels.mlstm import gates
 
-LANES = 128
 SUBLANES = 8  # gate rows of a chunk: one float32 tile
 R, C_, W, U, BOUND, GAMMA, DOCUMENT, DDEN = range(8)  # which row is what; backward: 1 / bound
 

@@ -195,8 +195,7 @@ def _chunk_gradients(options, chunk, C, n, dh, dC, dn):
     dnum = dh / scores.bound[..., None]
     dden = jnp.zeros_like(scores.den)
     if not options.official_backward:
-        slope = -jnp.sign(scores.den) * (dh * h).sum(-1) / scores.bound
-        dden = jnp.where(jnp.abs(scores.den) > gates.bound, slope, 0.0)
+        dden = gates_lib.den_gradient(dh, h, scores.den, scores.bound, gates.bound)
     w, u = q.shape[-1] ** -0.5 * gates.w[..., None], gates.u[..., None]
     narrow = dnum.astype(v.dtype)
     P = (dot("bhtv,bhsv->bhts", narrow, v) + dden[..., None]) * scores.E

@@ -243,6 +243,24 @@ def test_checks_1_to_3_gpu_equals_ref(packed):
         assert_close(got, right, 2e-2)
 
 
+def test_check_4_official_gpu_gradients():
+    """The authors' backward on Hopper equals that of the chunks: the same roundings, two orders."""
+    shape = (1, 1, 128, 128, 128, 128)
+    inputs = tensors(shape, jnp.bfloat16)
+    inputs[:2] = [jnp.abs(x) for x in inputs[:2]]
+    cotangent = jax.random.normal(jax.random.key(9), inputs[2].shape)
+
+    def gradient(impl):
+        def total(inputs):
+            h, _ = mlstm(*inputs, chunk=128, official_backward=True, impl=impl)
+            return (h.astype(jnp.float32) * cotangent).sum()
+
+        return jax.grad(total)(inputs)
+
+    for got, want in zip(gradient("gpu_interpret"), gradient("xla")):
+        assert_close(got, want, 2e-2)
+
+
 @pytest.mark.parametrize("impl", CHUNKED)
 @pytest.mark.parametrize("cut", [16, 20])
 def test_check_4_float32_calls_follow_each_other(impl, cut):
@@ -387,30 +405,39 @@ def test_checks_5_and_10_on_eight_devices_as_on_one():
         assert max(row["differences"]) < 2e-5, row
 
 
-@pytest.mark.aot
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_check_6_tpu_compiles_at_the_7b_shape(topology):
-    """Forward and backward, with documents: one Mosaic kernel forward, two more backward, and no
-    array of states of every token or of scores in the device's memory."""
-    pytest.importorskip("libtpu", reason="needs the aot extra")
-    from jax.experimental import topologies
+def abstract_7b(topology, length=2048):
+    """(array, (q, k, v, i, f), documents): abstract, on a device of the topology; its context."""
+    from training import topology as topologies
 
-    place = jax.sharding.SingleDeviceSharding(
-        topologies.get_topology_desc(topology, "tpu").devices[0]
-    )
-    b, h, t, k, v = 1, 8, 2048, 256, 512
+    device = topologies.devices(topologies.parse(topology))[0]
+    place = jax.sharding.SingleDeviceSharding(device)
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    gates = [array(b, h, t, dtype=jnp.float32)] * 2
-    inputs = (array(b, h, t, k), array(b, h, t, k), array(b, h, t, v), *gates)
-    numbers = array(b, t, dtype=jnp.int32)
+    b, h, k, v = 1, 8, 256, 512
+    gates = [array(b, h, length, dtype=jnp.float32)] * 2
+    tokens = (b, h, length)
+    inputs = (array(*tokens, k), array(*tokens, k), array(*tokens, v), *gates)
+    numbers = array(b, length, dtype=jnp.int32)
+    return array, inputs, numbers, jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("data",)))
 
-    def loss(inputs, numbers):
-        return mlstm(*inputs, segment_ids=numbers, impl="tpu")[0].astype(jnp.float32).sum()
 
-    compiled = jax.jit(jax.grad(loss)).lower(inputs, numbers).compile()
+def packed_loss(inputs, numbers):
+    return mlstm(*inputs, segment_ids=numbers)[0].astype(jnp.float32).sum()
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_check_6_tpu_compiles_at_the_7b_shape(topology):
+    """Forward and backward, with documents: one Mosaic kernel forward, two more backward, and no
+    array of states of every token or of scores in the device's memory. impl="auto" chooses."""
+    pytest.importorskip("libtpu", reason="needs the aot extra")
+    array, inputs, numbers, mesh = abstract_7b(topology)
+    _, h, t, k = inputs[0].shape
+    v = inputs[2].shape[3]
+    with mesh:
+        compiled = jax.jit(jax.grad(packed_loss)).lower(inputs, numbers).compile()
     text = compiled.as_text()
     kernels = [f"mlstm_{name}" for name in ("forward", "states", "backward")]
     calls = [x for x in text.splitlines() if 'custom_call_target="tpu_custom_call"' in x]
@@ -419,10 +446,10 @@ def test_check_6_tpu_compiles_at_the_7b_shape(topology):
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * states + 8 * tokens
     assert compiled.cost_analysis()["flops"] > 2 * h * t * (4 * k * v)
     wide = functools.partial(array, dtype=jnp.float32)
-    one = (array(b, h, k), array(b, h, k), array(b, h, v), wide(b, h), wide(b, h))
-    state = State(wide(b, h, k, v), wide(b, h, k), wide(b, h))
-    step = functools.partial(mlstm_step, impl="tpu")
-    compiled = jax.jit(step, donate_argnums=5).lower(*one, state).compile()
+    one = (array(1, h, k), array(1, h, k), array(1, h, v), wide(1, h), wide(1, h))
+    state = State(wide(1, h, k, v), wide(1, h, k), wide(1, h))
+    with mesh:
+        compiled = jax.jit(mlstm_step, donate_argnums=5).lower(*one, state).compile()
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 4 * h * k * v  # no second copy of the memory
     assert memory.alias_size_in_bytes >= 4 * h * k * v
@@ -430,28 +457,18 @@ def test_check_6_tpu_compiles_at_the_7b_shape(topology):
 
 @pytest.mark.aot
 def test_check_6_hopper_compiles_at_the_7b_shape():
-    """Forward and backward, with documents: two kernels forward, five backward, on H100 by name."""
+    """Forward and backward, with documents: two kernels forward, five backward. impl="auto"."""
     pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the aot extra")
     from training import topology
 
-    where = topology.parse("h100:1")
-    place = jax.sharding.SingleDeviceSharding(topology.devices(where)[0])
-    b, h, t, k, v = 1, 8, 2048, 256, 512
-
-    def array(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    gates = [array(b, h, t, dtype=jnp.float32)] * 2
-    inputs = (array(b, h, t, k), array(b, h, t, k), array(b, h, t, v), *gates)
-    numbers = array(b, t, dtype=jnp.int32)
-
-    def loss(inputs, numbers):
-        return mlstm(*inputs, segment_ids=numbers)[0].astype(jnp.float32).sum()
-
-    with topology.described(where):
-        lowered = jax.jit(jax.grad(loss)).trace(inputs, numbers).lower(lowering_platforms=("cuda",))
-        compiled = lowered.compile(topology.compiler_options(where))
+    _, inputs, numbers, mesh = abstract_7b("h100:1")
+    with mesh:
+        lowered = jax.jit(jax.grad(packed_loss)).trace(inputs, numbers)
+        lowered = lowered.lower(lowering_platforms=("cuda",))
+        compiled = lowered.compile(topology.compiler_options(topology.parse("h100:1")))
     assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 2 + 5
+    _, h, t, k = inputs[0].shape
+    v = inputs[2].shape[3]
     states, tokens = h * t // 128 * k * v * 2, h * t * v * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * states + 8 * tokens
 

@@ -1,6 +1,8 @@
 """Trains the toy on the meshes named in argv, one after the other, in one process of many devices.
 
 python mesh_runs.py WORKDIR STEPS data,fsdp,tensor,seq[:WORKDIR-TO-CONTINUE] ...
+
+The environment variable OPTIMIZER is config.optimizer.name.
 """
 
 import os
@@ -38,6 +40,7 @@ def main(workdir, steps, meshes):
             log_every=1,
             **{f"mesh.{axis}": size for axis, size in overrides.items()},
             **{"checkpoint.every": 10, "checkpoint.keep": 9, "schedule.name": "constant"},
+            **{"optimizer.name": os.environ.get("OPTIMIZER", "adamw")},
         )
         if origin and jax.process_index() == 0:  # continue a run of another mesh from step 10
             for part in ("checkpoints/10", "metrics.jsonl"):

@@ -36,6 +36,17 @@ def assert_same(one, other):
         assert abs(loss - other[step]) <= 1e-5 * max(1, abs(loss)), (step, loss, other[step])
 
 
+def test_muon_on_eight_devices(toy, tmp_path):
+    """Matrices that are cut over fsdp and tensor are orthogonalised whole."""
+    args = dict(schedule__name="constant", optimizer__name="muon")
+    one = toy.train(tmp_path / "one", steps=STEPS, **args)
+    command = [sys.executable, SCRIPT, tmp_path, str(STEPS), "2,2,2,1"]
+    env = environment(8, OPTIMIZER="muon")
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(one, toy.losses(tmp_path / "2,2,2,1"))
+
+
 def test_eight_devices(toy, one_device, tmp_path):
     """Two meshes from the start, one that continues the checkpoint of another mesh."""
     shutil.copytree(one_device[1], tmp_path / "one")
