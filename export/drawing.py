@@ -12,7 +12,19 @@ import jax.numpy as jnp
 from export.functions import Function, one_row
 from inference.diffusion import guidance_weights, sample_head
 
-NEEDS = {"generation_prefix", "prefill", "extend", "head", "visual", "start", "decode_latents"}
+NEEDS = {
+    *("generation_prefix", "prefill", "extend", "turns", "start", "visual", "head"),
+    "decode_latents",
+}
+
+
+def possible(predict) -> bool:
+    """Whether these predict functions can be exported as pieces.
+
+    Not with order_pos="rope2d": its step would need the place of the token before as well.
+    """
+    one = jnp.zeros((1, 1), jnp.int32)
+    return predict.keys() >= NEEDS and predict["turns"](one[0], one, one) is None
 
 
 def functions(model, config, params: Any) -> dict[str, Function]:

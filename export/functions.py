@@ -44,7 +44,7 @@ def functions(model, config, params: Any) -> dict[str, Function]:
     offered = model.predict.keys()
     if {"logits", "understanding_prefix"} <= offered:
         found["text_logits"] = _text_logits(model)
-    if offered >= drawing.NEEDS:
+    if drawing.possible(model.predict):
         found |= drawing.functions(model, config, params)
     return found
 

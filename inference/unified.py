@@ -94,8 +94,14 @@ def _compiled_images(functions, guidance, image_guidance, steps, schedule, order
 
         def step(carry, k):
             inputs, cache = carry
+            own = jnp.where(k == 0, -1, orders[:, k - 1])
+            places = (jnp.tile(x[:, None], (branches, 1)) for x in (own, orders[:, k]))
             z, cache = predict["extend"](
-                params, jnp.tile(inputs, (branches, 1, 1)), begin + k * group, cache
+                params,
+                jnp.tile(inputs, (branches, 1, 1)),
+                begin + k * group,
+                cache,
+                predict["turns"](begin, *places),
             )
             scale = guidance_at(k, n, guidance, schedule)
             token = sample_head(

@@ -34,7 +34,7 @@ from models.tokenizers import kl_vae
 
 BOI = 3  # the reserved vocabulary row of the begin-of-image token
 ORDERS = ("random", "raster", "rar_anneal")
-ORDER_POS = ("next+self", "next", "self", "instr_tokens")
+ORDER_POS = ("next+self", "next", "self", "instr_tokens", "rope2d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ class UniFluid(nn.Module):
         match self.cfg.order_pos:
             case "instr_tokens":
                 return jnp.stack([x, self._row(self.pos_next, index)], axis=2)
-            case "self":
+            case "self" | "rope2d":
                 return x[:, :, None]
             case _:
                 return (x + self._row(self.pos_next, index))[:, :, None]
@@ -172,13 +172,13 @@ class UniFluid(nn.Module):
     ) -> Float[Array, "b n g d"]:
         """Image tokens as inputs: W_in v + P_self[o_k], and P_next[o_{k+1}]."""
         x = self.visual_in(v.astype(self.dtype))
-        if self.cfg.order_pos != "next":
+        if self.cfg.order_pos not in ("next", "rope2d"):
             x = x + self._row(self.pos_self, self_index)
         return self._next(x, next_index)
 
-    def trunk(self, x, mask, positions, cache=None, lengths=None):
+    def trunk(self, x, mask, positions, cache=None, lengths=None, turns=None):
         """Inputs [b, t, d] -> (final-normed hidden states [b, t, d], cache)."""
-        return self.decoder(x, mask, positions, cache, lengths)
+        return self.decoder(x, mask, positions, cache, lengths, turns)
 
     def logits(self, hidden):
         """Hidden states -> fp32 logits over the vocabulary (tied table, final soft-cap)."""
@@ -241,6 +241,30 @@ def prompt_mask(cfg: UniFluidConfig, valid: Bool[Array, "b s"], picture: int = 0
     return MaskSpec(causal=True, prefix_length=prefix, kv_valid=valid)
 
 
+def turns(
+    cfg: UniFluidConfig,
+    begin: Int[Array, "b"],
+    own: Int[Array, "b n"],
+    following: Int[Array, "b n"],
+):
+    """Rotary positions (queries, keys), each [b, n, 2] (row, column), of n inputs of a picture.
+
+    order_pos="rope2d": a key is turned to its own place in the grid, a query to the place it
+    fills, both counted from the position after BOI, which stands at `begin`; own is -1 for BOI.
+    None for all other values: then the sequence's positions turn both.
+    """
+    if cfg.order_pos != "rope2d":
+        return None
+    side = round(cfg.tokens**0.5)
+    first = begin[:, None, None]
+
+    def place(index):
+        grid = first + 1 + jnp.stack([index // side, index % side], axis=-1)
+        return jnp.where(index[..., None] < 0, first, grid)
+
+    return place(following), place(own)
+
+
 def generation_states(net: UniFluid, params, prefix, valid, v, order) -> Float[Array, "b n d"]:
     """Teacher forcing: z [b, n, d], the state from which token order[k] is predicted."""
     cfg = net.cfg
@@ -259,7 +283,13 @@ def generation_states(net: UniFluid, params, prefix, valid, v, order) -> Float[A
         kv_positions=positions,
         kv_valid=jnp.concatenate([valid, jnp.ones_like(image, bool)], axis=1),
     )
-    hidden, _ = apply(net, params, "trunk", jnp.concatenate(inputs, axis=1), mask, positions)
+    own = jnp.pad(order[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    turned = turns(cfg, length, own, order)
+    if turned is not None:
+        before = jnp.broadcast_to(positions[:, : prefix.shape[1], None], (*prefix.shape[:2], 2))
+        turned = tuple(jnp.concatenate([before, x], axis=1) for x in turned)
+    x = jnp.concatenate(inputs, axis=1)
+    hidden, _ = apply(net, params, "trunk", x, mask, positions, None, None, turned)
     return hidden[:, prefix.shape[1] + cfg.group - 1 :: cfg.group]
 
 

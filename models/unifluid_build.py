@@ -40,11 +40,16 @@ def prefill(net: UniFluid, params, x, valid, cache, picture: int = 0):
     return last, length, cache
 
 
-def extend(net: UniFluid, params, x, pos, cache):
-    """Append inputs [b, g, d] at positions pos.. [b] -> (state of the last one [b, d], cache)."""
+def extend(net: UniFluid, params, x, pos, cache, turns=None):
+    """Append inputs [b, g, d] at positions pos.. [b] -> (state of the last one [b, d], cache).
+
+    turns: `unifluid.turns` of this input of a picture.
+    """
     for i in range(x.shape[1]):  # one by one: a ring of slots takes one token at a time
         positions = (pos + i)[:, None]
-        hidden, cache = apply(net, params, "trunk", x[:, i, None], None, positions, cache)
+        hidden, cache = apply(
+            net, params, "trunk", x[:, i, None], None, positions, cache, None, turns
+        )
     return hidden[:, 0], cache
 
 
@@ -149,6 +154,7 @@ def build(config) -> Model:
         "init_cache": init_caches,
         "prefill": bind(prefill),
         "extend": bind(extend),
+        "turns": functools.partial(unifluid.turns, cfg),
         "generation_prefix": bind(unifluid.generation_prefix),
         "generation_states": bind(unifluid.generation_states),
         "understanding_prefix": bind(understanding_prefix),

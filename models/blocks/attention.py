@@ -51,7 +51,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "b t d"],
         mask: MaskSpec | None,
-        rope: RopeTable | None = None,
+        rope: tuple[RopeTable, RopeTable] | None = None,  # of the queries, of the keys
         *,
         keys_from: Float[Array, "b s d"] | None = None,
         cache: kv_cache.KVCache | None = None,
@@ -66,7 +66,7 @@ class Attention(nn.Module):
             q = RMSNorm(self.norm_eps, name="q_norm")(q)
             k = RMSNorm(self.norm_eps, name="k_norm")(k)
         if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            q, k = apply_rope(q, rope[0]), apply_rope(k, rope[1])
         if cache is not None:
             k, v, mask, cache = self._through_cache(k, v, mask, cache, layer, use)
         if mask is not None and self.window is not None:

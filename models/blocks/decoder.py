@@ -116,7 +116,7 @@ class _Shared:
     """What every layer of a call reads."""
 
     mask: MaskSpec | None
-    rope: dict[str, RopeTable]
+    rope: dict[str, tuple[RopeTable, RopeTable]]  # of queries and keys, by kind of layer
     use: CacheUse | None
 
 
@@ -242,8 +242,12 @@ class Decoder(nn.Module):
         positions: Int[Array, "b t"] | None = None,
         cache=None,
         lengths: Int[Array, "b"] | None = None,
+        turns: tuple[Int[Array, "b t *axes"], Int[Array, "b t *axes"]] | None = None,
     ):
         """Hidden states after the final norm, and the cache after this call (None without one).
+
+        turns: positions by which rotary embedding turns queries and keys, where these are not
+        `positions`.
 
         Without a cache, or with one and T > 1 and a mask (prefill: tokens 0..T-1 of right-padded
         rows), x attends to itself under `mask`. With a cache and T = 1, or no mask, each row
@@ -256,7 +260,7 @@ class Decoder(nn.Module):
         use = None if cache is None else CacheUse(positions, lengths, step)
         if mask is None and not step:
             mask = MaskSpec()
-        shared = _Shared(mask, self._rope_tables(positions), use)
+        shared = _Shared(mask, self._rope_tables(*(turns or (positions, positions))), use)
         x, cache = self._stack(x, shared, cache)
         return self.final_norm(x), cache
 
@@ -295,13 +299,19 @@ class Decoder(nn.Module):
         """Logits of a plain language model; also the method that initialises every parameter."""
         return self.logits(self(self.embed(tokens), mask, positions)[0])
 
-    def _rope_tables(self, positions):
+    def _rope_tables(self, queries, keys):
         cfg = self.cfg
-        local = rope_table(positions, cfg.head_dim, cfg.rope_theta)
+
+        def both(theta, scale=1.0):
+            table = rope_table(queries, cfg.head_dim, theta, scale)
+            if keys is queries:
+                return table, table
+            return table, rope_table(keys, cfg.head_dim, theta, scale)
+
+        local = both(cfg.rope_theta)
         if cfg.rope_theta_global is None and cfg.rope_scale_global == 1.0:
             return {"local": local, "global": local}
-        theta = cfg.rope_theta_global or cfg.rope_theta
-        everywhere = rope_table(positions, cfg.head_dim, theta, cfg.rope_scale_global)
+        everywhere = both(cfg.rope_theta_global or cfg.rope_theta, cfg.rope_scale_global)
         return {"local": local, "global": everywhere}
 
 

@@ -14,11 +14,19 @@ class RopeTable(NamedTuple):
 
 
 def rope_table(
-    positions: Int[Array, "b t"], head_dim: int, theta: float = 10_000.0, scale: float = 1.0
+    positions: Int[Array, "b t *axes"], head_dim: int, theta: float = 10_000.0, scale: float = 1.0
 ) -> RopeTable:
-    """Angles position / scale · theta^(-2j/K) for j < K/2."""
-    exponent = jnp.arange(head_dim // 2, dtype=jnp.float32) * (2.0 / head_dim)
-    angles = positions[..., None].astype(jnp.float32) / scale / theta**exponent
+    """Angles position / scale · theta^(-2j/K) for j < K/2.
+
+    Positions with several axes [b, t, n] (rows and columns): angle j turns with axis j mod n, so
+    that a token whose axes are equal has the angles of that one position.
+    """
+    half = head_dim // 2
+    exponent = jnp.arange(half, dtype=jnp.float32) * (2.0 / head_dim)
+    if positions.ndim == 2:
+        positions = positions[..., None]
+    turned_by = positions[..., jnp.arange(half) % positions.shape[-1]]
+    angles = turned_by.astype(jnp.float32) / scale / theta**exponent
     return RopeTable(jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :])
 
 

@@ -120,3 +120,12 @@ def test_weights_and_configuration(exported):
     described = json.loads((folder / "config.json").read_text())
     assert described["model_type"] == "unifluid" and described["uniflud"]["step"] == 7
     assert described["uniflud"]["config"]["sample"]["steps"] == 3
+
+
+def test_a_rotary_grid_is_not_exported_step_by_step():
+    """order_pos="rope2d": its step needs the place of the token before; the rest is offered."""
+    config = load_config("configs/uniflud.py:debug", **{"model.vocab_size": 64})
+    config.model.order_pos = "rope2d"
+    model = MODELS[config.model.name](config)
+    shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0))[0])
+    assert set(functions(model, config, shapes)) == {"text_logits"}

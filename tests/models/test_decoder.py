@@ -264,6 +264,17 @@ def test_1_2_rope_pairs_halves_and_depends_on_distance_only():
     assert np.count_nonzero(out) == 2
 
 
+def test_1_2_rope_of_two_axes():
+    """Angles alternate between row and column; equal axes are one position."""
+    alone = rope_table(jnp.array([[3, 7]]), 8)
+    both = rope_table(jnp.array([[[3, 7]]]), 8)
+    for one, table in zip(alone, both, strict=True):
+        np.testing.assert_array_equal(table[0, 0, 0, 0::2], one[0, 0, 0, 0::2])  # 3 turns them
+        np.testing.assert_array_equal(table[0, 0, 0, 1::2], one[0, 1, 0, 1::2])  # and 7 these
+    equal = rope_table(jnp.array([[[3, 3], [7, 7]]]), 8)
+    np.testing.assert_array_equal(equal.cos, alone.cos)
+
+
 def test_1_3_padding_and_packing_change_no_numbers():
     _, _, params = load("gemma2")
     tokens = jax.random.randint(jax.random.key(4), (1, 9), 0, 48)

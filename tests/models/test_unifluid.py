@@ -38,7 +38,7 @@ def orders_of(net, rows, kind, seed=0):
     return unifluid.draw_orders(keys, net.cfg.tokens, kind)
 
 
-@pytest.mark.parametrize("order_pos", ["next+self", "instr_tokens"])
+@pytest.mark.parametrize("order_pos", ["next+self", "instr_tokens", "rope2d"])
 def test_check_2_causality(case, order_pos):
     """Changing the tokens from the k-th on leaves states up to k bit-identical."""
     config, _, net, params, batch = case
@@ -108,6 +108,7 @@ GUIDED = [
     ("raster", 1.0, "next+self"),
     ("raster", 3.0, "next"),
     ("random", 3.0, "instr_tokens"),
+    ("random", 3.0, "rope2d"),
 ]
 
 
