@@ -25,6 +25,7 @@ def base(**overrides: Any) -> ConfigDict:
             seed=0,
             steps=1000,
             batch_size=8,  # examples per step over all hosts
+            ramp=((0, 0),)[:0],  # ((64, 2000), ...): 64 in the first 2,000 steps (data.name=text)
             model=dict(name=""),
             objective=dict(name="model", freeze=("",)[:0]),
             data=data_config(),
@@ -36,6 +37,7 @@ def base(**overrides: Any) -> ConfigDict:
                 eps=1e-8,
                 momentum=0.95,  # muon
                 weight_decay=0.0,
+                undecayed=("",)[:0],  # paths of matrices without it
                 wd_mode="decoupled",  # decoupled | fully_decoupled (decay not times the peak lr)
                 clip=1.0,  # global norm; 0 switches it off
                 groups={},  # group -> dict(lr_scale=1.0, weight_decay_scale=1.0)
@@ -44,10 +46,10 @@ def base(**overrides: Any) -> ConfigDict:
                 name="constant",  # constant | cosine | wsd | exp_linear | piecewise
                 warmup=0,  # steps of linear warm-up
                 final=0.0,  # last lr over the peak (cosine, wsd)
-                decay=0,  # steps of the closing decay (wsd, exp_linear)
+                decay=0,  # steps of the closing decay (wsd; to 0: exp_linear, cosine)
                 shape="linear",  # of wsd's decay: linear | exponential | sqrt
-                rate=0.1,  # exp_linear: the lr falls by this factor ...
-                rate_steps=1000,  # ... every so many steps
+                rate=0.1,  # exp_linear: the lr is this share of the peak ...
+                rate_steps=1000,  # ... at this step, falling since the warm-up
                 boundaries=(0,)[:0],  # piecewise: at these steps ...
                 factors=(0.0,)[:0],  # ... the lr becomes peak times these
             ),

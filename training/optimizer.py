@@ -6,7 +6,7 @@ that one learning rate and one weight decay serve both; everything else keeps Ad
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -102,16 +102,30 @@ def _as_adam(update: jax.Array, axes: contrib.MuonDimensionNumbers) -> jax.Array
     return 0.2 * max(sides) ** 0.5 * update
 
 
-def decay_mask(boxed: Any) -> Any:
-    """True for matrices: leaves with two or more axes beside the stacked layers, norms excepted."""
+def decay_mask(boxed: Any, undecayed: Sequence[str] = ()) -> Any:
+    """True for matrices: leaves with two or more axes beside the stacked layers, norms excepted.
+
+    undecayed: slash paths of subtrees that are excepted too (config.optimizer.undecayed).
+    """
+    unused = set(undecayed)
 
     def one(path, leaf):
+        name = path_name(path) + "/"
+        for prefix in undecayed:
+            if name.startswith(prefix + "/"):
+                unused.discard(prefix)
+                return False
         if is_box(leaf):
             names = [n for n in leaf.names if n != "layers"]
             return len(names) >= 2 and "norm" not in names
         return leaf.ndim >= 2
 
-    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+    mask = jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+    if unused:
+        raise ValueError(
+            f"config.optimizer.undecayed has {sorted(unused)[0]!r}, and no parameter is there"
+        )
+    return mask
 
 
 def hidden_matrices(boxed: Any) -> Any:

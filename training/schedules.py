@@ -36,21 +36,29 @@ def _shape(s, total: int) -> Callable:
         case "constant":
             return lambda step: jnp.ones_like(step)
         case "cosine":
+            end = total - s.decay if s.decay else last
 
             def cosine(step):
-                x = jnp.clip((step - s.warmup) / max(last - s.warmup, 1), 0.0, 1.0)
-                return s.final + (1 - s.final) * 0.5 * (1 + jnp.cos(jnp.pi * x))
+                x = jnp.clip((step - s.warmup) / max(end - s.warmup, 1), 0.0, 1.0)
+                level = s.final + (1 - s.final) * 0.5 * (1 + jnp.cos(jnp.pi * x))
+                return level * _to_zero(step, total, s.decay)
 
             return cosine
         case "wsd":
             return _wsd(s, last)
         case "exp_linear":
+            if s.rate_steps <= s.warmup:
+                raise ValueError(
+                    f"config.schedule.rate_steps={s.rate_steps} must be larger than "
+                    f"config.schedule.warmup={s.warmup}"
+                )
 
             def exp_linear(step):
-                # xLSTM-7B: rate^(step / rate_steps), then from there linearly to zero.
-                start = max(total - s.decay, s.warmup)
-                level = s.rate ** (jnp.minimum(step, start) / s.rate_steps)
-                return level * jnp.clip((total - step) / max(total - start, 1), 0.0, 1.0)
+                # xLSTM-7B: from the peak at the warm-up's end to rate times it at rate_steps and
+                # on, then linearly to zero.
+                fallen = jnp.clip(step, s.warmup, max(total - s.decay, s.warmup)) - s.warmup
+                level = s.rate ** (fallen / (s.rate_steps - s.warmup))
+                return level * _to_zero(step, total, s.decay)
 
             return exp_linear
         case "piecewise":
@@ -69,6 +77,11 @@ def _shape(s, total: int) -> Callable:
             return piecewise
         case other:
             raise ValueError(f"config.schedule.name={other!r} must be one of {', '.join(NAMES)}")
+
+
+def _to_zero(step, total: int, decay: int):
+    """1, and over the last `decay` steps linearly to 0 at step `total`."""
+    return jnp.clip((total - step) / max(decay, 1), 0.0, 1.0)
 
 
 def _wsd(s, last: int) -> Callable:

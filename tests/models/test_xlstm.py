@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -245,11 +246,30 @@ def test_check_12_the_7b_schedule():
     lr = lambda step: float(make_schedule(config)(step))  # noqa: E731
     peak = config.optimizer.lr
     assert config.steps == 550_000 and peak == 5e-4
-    assert lr(0) == pytest.approx(peak / 3000) and lr(2999) == pytest.approx(peak)
+    assert lr(0) == pytest.approx(peak / 3000) and lr(2999) == lr(3000) == pytest.approx(peak)
     assert lr(500_000) == pytest.approx(0.1 * peak, rel=1e-5)
-    assert lr(543_000) == pytest.approx(peak * 0.1 ** (543 / 500), rel=1e-5)
+    assert lr(543_000) == pytest.approx(peak * 0.1 ** (540 / 497), rel=1e-5)
     assert lr(546_500) == pytest.approx(lr(543_000) / 2, rel=1e-5)
     assert lr(549_999) < 1e-4 * peak
+
+
+@pytest.mark.parametrize("steps", [76_000, 150_000])
+@pytest.mark.parametrize("name", ["exponential", "cosine"])
+def test_check_12_the_public_curves(name, steps):
+    """The learning rates that the authors logged every 500 steps are those of our schedules, and
+    their perplexities end where check 12 says: the longer run and the cosine lower."""
+    found = np.load(Path(recipes.__file__).with_name("xlstm_schedules.npz"))
+    shape = dict(cosine=dict(name="cosine", final=0.1), exponential=dict(name="exp_linear"))[name]
+    config = load_config("configs/xlstm.py:7b", steps=steps)
+    config.optimizer.lr = 8e-4
+    config.schedule.update(warmup=750, decay=1000, rate=0.1, rate_steps=steps - 1000, **shape)
+    logged = np.arange(500, steps + 1, 500)
+    ours = np.asarray(jax.vmap(make_schedule(config))(logged))
+    # Step s of the warm-up uses s / 750 there, (s + 1) / 750 here: no step is lost at lr 0.
+    assert ours[0] == pytest.approx(8e-4 * 501 / 750)
+    np.testing.assert_allclose(ours[1:], found[f"{name}_{steps}_lr"][1:], rtol=2e-6, atol=1e-11)
+    last = {"exponential": (12.010, 11.557), "cosine": (11.852, 11.420)}[name][steps > 76_000]
+    assert found[f"{name}_{steps}_ppl"][-1] == pytest.approx(last, abs=5e-4)
 
 
 def test_check_13_a_step_has_no_length():

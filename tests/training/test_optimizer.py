@@ -35,6 +35,10 @@ def test_cosine():
     x = (np.arange(20, 100) - 20) / 79
     assert_close(found[20:], 2.0 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * x))))
     assert_close(found[[20, 99]], [2.0, 0.2])
+    closed = lrs(name="cosine", warmup=20, final=0.1, decay=10)
+    x = (np.arange(20, 91) - 20) / 70
+    assert_close(closed[20:91], 2.0 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * x))))
+    assert_close(closed[90:], 0.2 * np.arange(10, 0, -1) / 10)
 
 
 @pytest.mark.parametrize(
@@ -55,11 +59,11 @@ def test_wsd(shape, fall):
 
 
 def test_exp_linear():
-    """xLSTM-7B: 0.1 x per 500 steps of exponential decay to step 540, then linear to zero."""
+    """xLSTM-7B: from the peak at 3 to 0.1 of it at 500 and on to step 540, then linear to zero."""
     found = lrs(steps=550, name="exp_linear", warmup=3, decay=10, rate=0.1, rate_steps=500)
     s = np.arange(3, 541)
-    assert_close(found[3:541], 2.0 * 0.1 ** (s / 500))
-    assert_close(found[541:], 2.0 * 0.1 ** (540 / 500) * (550 - np.arange(541, 550)) / 10)
+    assert_close(found[3:541], 2.0 * 0.1 ** ((s - 3) / 497))
+    assert_close(found[541:], 2.0 * 0.1 ** (537 / 497) * (550 - np.arange(541, 550)) / 10)
 
 
 def test_piecewise():
@@ -75,6 +79,7 @@ def test_piecewise():
         (dict(name="wsd", shape="exponential"), "config.schedule.final=0.0 must be > 0"),
         (dict(name="piecewise", boundaries=(3,)), r"boundaries=\(3,\) and factors=\(\)"),
         (dict(warmup=-1), "config.schedule.warmup=-1"),
+        (dict(name="exp_linear", warmup=9, rate_steps=9), "rate_steps=9 must be larger than"),
     ],
 )
 def test_schedule_mistakes_name_the_key(schedule, message):
@@ -229,6 +234,9 @@ def test_decay_mask_by_logical_names():
     )
     decayed = {k for k, v in decay_mask(tree).items() if v}
     assert decayed == {"kernel", "stacked", "table", "plain"}
+    assert {k for k, v in decay_mask(tree, ("table",)).items() if v} == decayed - {"table"}
+    with pytest.raises(ValueError, match="undecayed has 'tables', and no parameter is there"):
+        decay_mask(tree, ("tables",))
 
 
 def test_ema_closed_form_warmup_and_groups():
