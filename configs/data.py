@@ -40,6 +40,7 @@ def data_config(**overrides) -> ml_collections.ConfigDict:
             cache_mb=1024,  # decoded pictures kept in memory; larger sets decode on the fly
             prefetch=4,  # batches made ahead by one thread; 0 = none
             text="stdlib",  # stdlib | docs | captions | folder (name="text")
+            stages=((0, ()),)[:0],  # ((steps, ((folder below path, share), ...)), ...)
             length=256,  # tokens per row of text (name="text", "recall", "needle")
             pairs=8,  # keys with values to remember in a row (name="recall", "needle")
         )

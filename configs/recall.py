@@ -15,7 +15,7 @@ counts answers only, chance is 1 / 64. The model is an xLSTM; any language model
 
 from configs import common
 from configs.data import data_config
-from configs.xlstm import CELL
+from configs.xlstm import CELL, OPTIMIZER
 
 
 def get_config(arg=""):
@@ -30,7 +30,7 @@ def get_config(arg=""):
         batch_size=64,
         model=dict(name="xlstm", vocab_size=0, xlstm=dict(size="debug", **CELL)),
         data=data_config(vocab_size=196, **rows),
-        optimizer=dict(lr=3e-3, b2=0.95, weight_decay=0.1, clip=0.5),
+        optimizer=dict(lr=3e-3) | OPTIMIZER,
         schedule=dict(name="cosine", warmup=100, final=0.05),
         evals=("losses",),
         checkpoint=dict(every=500, keep=2),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import grain
 import numpy as np
 
+Ramp = tuple[tuple[int, int], ...]  # (rows, steps) of the first batches, see config.ramp
 ENDLESS = 2**45  # examples; repeat(None) overflows a length with some batch sizes
 
 
@@ -25,10 +26,50 @@ def share(rows: int, process_index: int, process_count: int, what: str) -> slice
     return slice(process_index * local, (process_index + 1) * local)
 
 
+def endless(count: int, seed: int) -> grain.MapDataset:
+    """Indices below `count`: each epoch a fresh order of all of them."""
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat(ENDLESS // count)
+
+
 def index_batches(count: int, batch: int, seed: int) -> grain.MapDataset:
-    """Batches int64 [batch] of indices below `count`: each epoch a fresh order of all of them."""
-    ds = grain.MapDataset.range(count).seed(seed).shuffle().repeat(ENDLESS // count)
-    return ds.batch(batch, drop_remainder=True, batch_fn=lambda rows: np.array(rows, np.int64))
+    """Batches int64 [batch] of `endless` indices."""
+    return in_batches(endless(count, seed), batch)
+
+
+def in_batches(indices: grain.MapDataset, batch: int, ramp: Ramp = ()) -> grain.MapDataset:
+    """Batches int64 [batch] of consecutive indices, the first ones smaller by a `ramp`."""
+    if ramp:
+        return Ramped(indices, batch, ramp)
+    return indices.batch(batch, drop_remainder=True, batch_fn=lambda i: np.array(i, np.int64))
+
+
+def first_row(step: int, batch: int, ramp: Ramp) -> int:
+    """How many rows the batches before number `step` hold."""
+    rows = 0
+    for size, steps in ramp:
+        here = min(step, steps)
+        rows, step = rows + here * size, step - here
+    return rows + step * batch
+
+
+class Ramped(grain.MapDataset):
+    """Batches int64 of `batch` indices, in the first steps of those sizes that `ramp` lists."""
+
+    def __init__(self, indices: grain.MapDataset, batch: int, ramp: Ramp):
+        super().__init__(indices)
+        self._batch, self._ramp = batch, ramp
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        begin, end = (first_row(i, self._batch, self._ramp) for i in (index, index + 1))
+        return np.array([self._parent[i] for i in range(begin, end)], np.int64)
+
+    def __str__(self) -> str:
+        return f"Ramped({self._batch}, {self._ramp})"
 
 
 class Prefetched(grain.IterDataset):

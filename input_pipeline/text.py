@@ -4,10 +4,13 @@ Batches: tokens, segment_ids and positions, int32 [B, L]. A document is BOS, its
 documents are concatenated and cut every L tokens by grain. Segment ids start at 1 in each window,
 0 is padding; positions start again with each segment. Windows are packed once and kept, so they
 are drawn in any order, by any number of processes, and a position in the data is one number.
+
+config.data.stages mixes folders below config.data.path, in shares that change with the step.
 """
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +48,17 @@ def pack(texts, tokenizer: tokenizers.TextTokenizer, length: int) -> Windows:
     return windows
 
 
-def windows(data, split: str) -> tuple[Windows, tokenizers.TextTokenizer, dict[str, int]]:
-    """(packed windows of a split in a fixed order, tokenizer, what was skipped)."""
+def windows(
+    data, split: str, folder: str = ""
+) -> tuple[Windows, tokenizers.TextTokenizer, dict[str, int]]:
+    """(packed windows of a split in a fixed order, tokenizer, what was skipped).
+
+    folder: of the texts below data.path; the tokenizer is that of all of them.
+    """
     tokenizer = tokenizers.load(data)
+    if folder:
+        data = data.copy_and_resolve_references()
+        data.path = str(Path(data.path) / folder)
     source = documents.prepare(data)
     spelling = hashlib.sha256(tokenizer.inner.to_str().encode()).hexdigest()[:12]
     key = f"windows/{source.name}-{spelling}-{data.length}-{split}"
@@ -67,15 +78,63 @@ def windows(data, split: str) -> tuple[Windows, tokenizers.TextTokenizer, dict[s
 
 
 def build(config, *, split: str, seed: int, process_index: int, process_count: int) -> Pipeline:
-    """Endless shuffled windows of one split."""
+    """Endless shuffled windows of one split; of the training split, mixed by data.stages."""
     store.check_split(split)
-    found, tokenizer, counts = windows(config.data, split)
-    rows = batching.share(config.batch_size, process_index, process_count, "config.batch_size")
+    stages = _checked_stages(config.data) if split == "train" else ()
+    folders = tuple(dict.fromkeys(name for _, shares in stages for name, _ in shares)) or ("",)
+    sources, skipped = [], Counter()
+    for folder in folders:
+        found, tokenizer, counts = windows(config.data, split, folder)
+        sources.append(found)
+        skipped.update(counts)
+    starts = np.cumsum([0, *(len(source.tokens) for source in sources)])
+    rows = batching.endless(starts[-1], seed)
+    if stages:
+        where = {name: (starts[i], starts[i + 1]) for i, name in enumerate(folders)}
+        rows = _staged(stages, where, config, seed)
 
     def make(indices: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        chosen = indices["text"][rows]
-        return {name: np.asarray(array[chosen]) for name, array in found._asdict().items()}
+        chosen = indices["text"]
+        chosen = chosen[batching.share(len(chosen), process_index, process_count, "config.ramp")]
+        source = np.searchsorted(starts, chosen, side="right") - 1
+        inside = zip(source, chosen - starts[source], strict=True)
+        picked = [tuple(array[row] for array in sources[s]) for s, row in inside]
+        return dict(zip(Windows._fields, map(np.stack, zip(*picked, strict=True)), strict=True))
 
-    parts = {"text": batching.index_batches(len(found.tokens), config.batch_size, seed)}
+    parts = {"text": batching.in_batches(rows, config.batch_size, config.ramp)}
     dataset = batching.assemble(parts, make, seed=seed, prefetch=config.data.prefetch)
-    return Pipeline(dataset, tokenizer, tokenizer.vocab_size, counts=counts, on_close=dataset.close)
+    return Pipeline(
+        dataset, tokenizer, tokenizer.vocab_size, counts=dict(skipped), on_close=dataset.close
+    )
+
+
+def _checked_stages(data) -> tuple[tuple[int, tuple[tuple[str, float], ...]], ...]:
+    """data.stages: ((steps, ((folder, share), ...)), ...)."""
+    for stage in data.stages:
+        steps, shares = stage
+        if data.text != "folder" or steps < 1 or not shares or min(s for _, s in shares) <= 0:
+            raise ValueError(
+                f"config.data.stages has {stage}: allowed is (steps, ((folder below "
+                "config.data.path, share > 0), ...)), with config.data.text='folder'"
+            )
+    return data.stages
+
+
+def _staged(stages, where: dict[str, tuple[int, int]], config, seed: int) -> grain.MapDataset:
+    """Rows of one stage after another, the last without end; `where` has each folder's rows."""
+    parts, step = [], 0
+    for number, (steps, shares) in enumerate(stages):
+        mixed = grain.MapDataset.mix(
+            [
+                batching.endless(end - begin, seed + number).map(lambda row, at=begin: row + at)
+                for begin, end in (where[name] for name, _ in shares)
+            ],
+            [share for _, share in shares],
+        )
+        begin, end = (
+            batching.first_row(s, config.batch_size, config.ramp) for s in (step, step + steps)
+        )
+        last = number == len(stages) - 1
+        parts.append(mixed if last else mixed[: end - begin])
+        step += steps
+    return grain.MapDataset.concatenate(parts)

@@ -388,7 +388,10 @@ def build(config) -> Model:
         tokens = jnp.zeros((1, 2), jnp.int32)
         return net.init(rng, tokens, method="text")["params"], {}
 
-    ints = jax.ShapeDtypeStruct((config.batch_size, config.data.length), jnp.int32)
+    def ints(rows):
+        return jax.ShapeDtypeStruct((rows, config.data.length), jnp.int32)
+
+    sizes = {"text": config.batch_size} | {f"text_{rows}": rows for rows, _ in config.ramp}
     keys = ("tokens", "segment_ids", "positions")
     if config.data.name in ("recall", "needle"):
         keys += ("scored",)
@@ -397,6 +400,6 @@ def build(config) -> Model:
         loss=functools.partial(loss, net),
         norms=norms,
         predict=predict(net),
-        batches={"text": dict.fromkeys(keys, ints)},
+        batches={name: dict.fromkeys(keys, ints(rows)) for name, rows in sizes.items()},
         weights=weight_map(cfg),
     )

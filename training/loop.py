@@ -19,7 +19,7 @@ from training.objectives import OBJECTIVES
 from training.preemption import Preempted, Watch
 from training.setup import Setup, load_for_use, prepare, restore, use_params
 from training.sharding import global_batch, scope
-from training.step import build_train_step, jit_train_step
+from training.step import build_train_step, count_examples, jit_train_step
 from training.workdir import claim, write_config
 
 
@@ -220,7 +220,7 @@ class _Loop:
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         values |= self.clock.lap()
-        values["examples_per_s"] = values["steps_per_s"] * self.config.batch_size
+        values["examples_per_s"] = values["steps_per_s"] * count_examples(dict(self.shapes))
         values["memory_gib"] = metrics.memory_bytes() / 2**30
         use = metrics.mfu(self.buckets[self.shapes], values["steps_per_s"])
         if use is not None:

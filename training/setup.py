@@ -74,6 +74,12 @@ def check(config) -> None:
             f"config.batch_size={config.batch_size} must be a multiple of hosts x "
             f"config.accumulate = {jax.process_count()} x {config.accumulate}"
         )
+    for rows, steps in config.ramp:
+        if config.data.name != "text" or rows < 1 or rows % ways or steps < 1:
+            raise ValueError(
+                f"config.ramp has ({rows}, {steps}): allowed are rows in multiples of hosts x "
+                f"config.accumulate = {ways} and steps >= 1, with config.data.name='text'"
+            )
     for name in config.evals:
         if name not in EVALUATORS:
             raise ValueError(unknown("config.evals", name, EVALUATORS))
@@ -104,7 +110,11 @@ def with_vocabulary(config, pipeline):
 
 
 def check_same(config, saved: dict, where: Path, only: tuple[str, ...] = ()) -> None:
-    """Raise when a checkpoint was made with another config; the message lists the keys."""
+    """Raise when a checkpoint was made with another config; the message lists the keys.
+
+    A key that the checkpoint's config does not have was added to the code since, with a default
+    that does what the code did before: it is named, not refused.
+    """
     now, then = flatten(config), flatten(saved)
 
     def matters(key):
@@ -115,10 +125,13 @@ def check_same(config, saved: dict, where: Path, only: tuple[str, ...] = ()) -> 
     lists = lambda v: [lists(x) for x in v] if isinstance(v, tuple | list) else v  # noqa: E731
     missing = "(absent)"
     different = [
-        f"{key}={now.get(key, missing)} (checkpoint: {plain(then.get(key, missing))})"
-        for key in sorted(now.keys() | then.keys())
-        if matters(key) and lists(now.get(key, missing)) != lists(then.get(key, missing))
+        f"{key}={now.get(key, missing)} (checkpoint: {plain(then[key])})"
+        for key in sorted(then)
+        if matters(key) and lists(now.get(key, missing)) != lists(then[key])
     ]
+    added = [f"{key}={now[key]}" for key in sorted(now.keys() - then.keys()) if matters(key)]
+    if added and not different and jax.process_index() == 0:
+        print(f"newer than the checkpoint in {where}: {', '.join(added)}", flush=True)
     if different:
         raise ValueError(
             f"the config does not match the checkpoint in {where}: {', '.join(different)}; "

@@ -10,17 +10,16 @@ from training import ema as ema_lib
 from training.accumulate import value_and_grad
 from training.state import DATA, Plan, key_for
 
+PARTS = ("gen", "und")  # prefixes of the keys of a batch that is made of parts
 
-def example_ids(shapes: Mapping[str, tuple[int, ...]], batch_size: int) -> jax.Array:
-    """int32 [B]: the index of each example in the global batch.
 
-    A batch made of parts (keys "gen_...", "und_...") numbers its examples part after part.
-    """
+def count_examples(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Examples of a global batch; those of its parts (keys "gen_...", "und_...") add up."""
     parts: dict[str, int] = {}
     for key, shape in shapes.items():
-        parts.setdefault(key.partition("_")[0], shape[0])
-    rows = sum(parts.values())
-    return jnp.arange(rows if rows == batch_size else max(parts.values()), dtype=jnp.int32)
+        prefix = key.partition("_")[0]
+        parts.setdefault(prefix if prefix in PARTS else "", shape[0])
+    return sum(parts.values())
 
 
 def build_train_step(model, objective, plan: Plan, config) -> Callable:
@@ -33,7 +32,8 @@ def build_train_step(model, objective, plan: Plan, config) -> Callable:
             prompt_rng, rng = jax.random.split(rng)
             batch = objective.rollout(state, frozen, batch, prompt_rng)
         shapes = {key: value.shape for key, value in batch.items()}
-        batch = batch | {"example": example_ids(shapes, config.batch_size)}
+        # Which example of the global batch, part after part: micro-batches keep their random keys.
+        batch = batch | {"example": jnp.arange(count_examples(shapes), dtype=jnp.int32)}
         norms = model.norms(batch)
 
         def loss(params, extra, micro):

@@ -54,7 +54,7 @@ def make_config():
     def make(batch_size: int = 16, **fields) -> ml_collections.ConfigDict:
         small = dict(categories=("food",), scenes=60, vocab_size=512, prefetch=0)
         return ml_collections.ConfigDict(
-            dict(batch_size=batch_size, seed=0, data=data_config(**small | fields))
+            dict(batch_size=batch_size, ramp=(), seed=0, data=data_config(**small | fields))
         )
 
     return make

@@ -140,7 +140,7 @@ from configs.data import data_config
 from input_pipeline import DATASETS, curate
 for fields in (dict(), dict(name="images"), dict(name="text", text="captions", length=64)):
     data = data_config(categories=("food",), scenes=60, vocab_size=512, langs=("en",), **fields)
-    config = ml_collections.ConfigDict(dict(batch_size=4, data=data))
+    config = ml_collections.ConfigDict(dict(batch_size=4, ramp=(), data=data))
     build = DATASETS[data.name]
     pipeline = build(config, split="train", seed=0, process_index=0, process_count=1)
     next(iter(pipeline.dataset))

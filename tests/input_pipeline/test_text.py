@@ -117,3 +117,55 @@ def test_mistakes_are_explained(make_config, tmp_path):
         build(make_config(name="text", text="wiki"))
     with pytest.raises(FileNotFoundError, match="config.data.path=.* holds no .txt"):
         build(make_config(name="text", text="folder", path=str(tmp_path)))
+
+
+def staged(make_config, corpus, **changes):
+    """Two folders with documents of their own, in two stages: a alone, then a and b."""
+    for name in ("a", "b"):
+        (corpus / name).mkdir(exist_ok=True)
+        for i in range(40):
+            (corpus / name / f"{i}.txt").write_text(f"{name} " * (30 + i))
+    stages = ((3, (("a", 1.0),)), (9, (("a", 0.25), ("b", 0.75))))
+    config = make_config(4, name="text", text="folder", path=str(corpus), length=64, stages=stages)
+    config.update(changes)
+    return config
+
+
+def first_letters(batch, tok):
+    return [tok.decode(row).split()[-1] for row in batch["tokens"]]
+
+
+def test_ramp_and_stages(make_config, corpus, fresh_cache):
+    """Batches of 4, 8, then 16 rows; all of folder a for 3 steps, then three quarters of b."""
+    config = staged(make_config, corpus, batch_size=16, ramp=((4, 2), (8, 2)))
+    pipeline = build(config)
+    iterator = iter(pipeline.dataset)
+    batches = [next(iterator) for _ in range(8)]
+    assert [len(b["tokens"]) for b in batches] == [4, 4, 8, 8, 16, 16, 16, 16]
+    letters = [first_letters(b, pipeline.tokenizer) for b in batches]
+    assert set(sum(letters[:3], [])) == {"a"}
+    later = sum(letters[3:], [])
+    assert later.count("b") == 0.75 * len(later)
+    # The same on two processes, and from a saved position.
+    halves = [
+        [next(it) for _ in range(8)] for it in (iter(build(config, i, 2).dataset) for i in (0, 1))
+    ]
+    for whole, *parts in zip(batches, *halves, strict=True):
+        joined = np.concatenate([p["tokens"] for p in parts])
+        np.testing.assert_array_equal(joined, whole["tokens"])
+    again = iter(build(config).dataset)
+    for _ in range(3):
+        next(again)
+    saved, fresh = again.get_state(), iter(build(config).dataset)
+    fresh.set_state(saved)
+    np.testing.assert_array_equal(next(fresh)["tokens"], batches[3]["tokens"])
+
+
+def test_stages_say_what_is_wrong(make_config, corpus, fresh_cache):
+    config = staged(make_config, corpus)
+    config.data.stages = ((3, (("c", 1.0),)),)
+    with pytest.raises(FileNotFoundError, match="holds no .txt"):
+        build(config)
+    config.data.stages = ((3, (("a", -1.0),)),)
+    with pytest.raises(ValueError, match="config.data.stages has .*share > 0"):
+        build(config)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs.common import load_config
 from training import loop, metrics, setup
 
 
@@ -102,6 +103,32 @@ def test_one_compilation_per_bucket_and_none_after(toy, tmp_path, monkeypatch):
     assert made[1]._cache_size() == 2
     toy.train(tmp_path / "one", steps=8, eval_every=2)
     assert made[2]._cache_size() == 1
+
+
+def test_ramp_of_the_batch(tmp_path, monkeypatch):
+    """4, then 8, then 16 rows: a compilation each; a run cut inside the ramp goes on exactly."""
+    made = compiled(monkeypatch)
+    (tmp_path / "texts").mkdir()
+    for i in range(60):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"snail {i} and volcano {i * i} " * 9)
+    changes = {"data.text": "folder", "data.path": str(tmp_path / "texts"), "batch_size": 16}
+    changes |= {"ramp": ((4, 2), (8, 2)), "log_every": 1, "evals": (), "sample.prompts": ()}
+    changes |= {"checkpoint.every": 1}
+    config = load_config("configs/xlstm.py:debug", **changes, steps=6)
+    loop.train(config, tmp_path / "whole")
+    assert made[0]._cache_size() == 3
+    for steps in (3, 6):
+        config = load_config("configs/xlstm.py:debug", **changes, steps=steps)
+        loop.train(config, tmp_path / "cut")
+    whole, cut = (
+        [r for r in metrics.read_rows(tmp_path / name / "metrics.jsonl") if "train/loss" in r]
+        for name in ("whole", "cut")
+    )
+    rows = [round(r["train/examples_per_s"] / r["train/steps_per_s"]) for r in whole]
+    assert rows == [4, 4, 8, 8, 16, 16]
+    assert [r["train/loss"] for r in cut] == [r["train/loss"] for r in whole]
+    with pytest.raises(ValueError, match=r"config.ramp has \(4, 2\): .*config.data.name='text'"):
+        setup.check(load_config("configs/uniflud.py:debug", ramp=((4, 2),)))
 
 
 def test_batch_of_no_bucket_is_named(toy, tmp_path):
