@@ -1,6 +1,7 @@
 """Contact sheets: pictures with captions in whatever scripts the machine's fonts can draw."""
 
 import functools
+import importlib.util
 import textwrap
 import unicodedata
 from collections.abc import Sequence
@@ -23,12 +24,18 @@ class Line(NamedTuple):
 
 @functools.cache
 def _fonts() -> tuple[tuple[str, frozenset[int]], ...]:
-    """(path, code points) of DejaVu Sans, which matplotlib brings along, and of system fonts."""
+    """(path, code points) of every font to choose from, the first that fits is taken.
+
+    DejaVu Sans, which matplotlib brings along, Noto Sans CJK of the extra "fonts", system fonts.
+    """
     from matplotlib import font_manager, ft2font, get_data_path
 
-    bundled = str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    found = [Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"]
+    if extra := importlib.util.find_spec("mplfonts"):
+        folder = Path(next(iter(extra.submodule_search_locations)))
+        found += sorted(folder.glob("fonts/NotoSansCJK*"))
     fonts = []
-    for path in [bundled, *sorted(font_manager.findSystemFonts())]:
+    for path in [*map(str, found), *sorted(font_manager.findSystemFonts())]:
         try:
             fonts.append((path, frozenset(ft2font.FT2Font(path).get_charmap())))
         except (RuntimeError, OSError):  # bitmap fonts and the like
@@ -53,7 +60,15 @@ def can_draw(text: str) -> bool:
 
 def label(lang: str, text: str) -> str:
     """A caption with its language; a note where no font here has its script."""
-    return f"{lang}: {text if can_draw(text) else '(no font for this script)'}"
+    if not can_draw(text):
+        _say_once("pictures: no font here for some scripts; pip install -e '.[fonts]'")
+        text = "(no font for this script)"
+    return f"{lang}: {text}"
+
+
+@functools.cache
+def _say_once(note: str) -> None:
+    print(note, flush=True)
 
 
 def _prepare(text: str, size: int):

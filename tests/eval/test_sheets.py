@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 from eval import EVALUATORS, sheets
@@ -37,6 +38,20 @@ def test_curves_need_a_log(tmp_path):
 def test_latin_and_cyrillic_can_always_be_drawn():
     # DejaVu Sans comes with matplotlib, whatever fonts the machine has.
     assert drawing.can_draw("größer naïve ação") and drawing.can_draw("снег")
+
+
+def test_the_extra_fonts_draw_chinese_japanese_and_korean():
+    pytest.importorskip("mplfonts")
+    assert all(map(drawing.can_draw, ("蜗牛", "カタツムリ", "달팽이")))
+
+
+def test_a_missing_script_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(drawing, "can_draw", lambda text: False)
+    drawing._say_once.cache_clear()
+    assert {drawing.label("ja", "カタツムリ") for _ in range(3)} == {
+        "ja: (no font for this script)"
+    }
+    assert capsys.readouterr().out.count("pip install -e '.[fonts]'") == 1
 
 
 def test_text_without_a_font_is_escaped():
