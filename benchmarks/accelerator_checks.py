@@ -97,7 +97,8 @@ def attention(quick: bool, peaks: dict) -> list[dict]:
 
 @precise
 def mlstm(quick: bool, peaks: dict) -> list[dict]:
-    """Each implementation of the mLSTM against the recurrence: h, last state and gradients."""
+    """Each implementation of the mLSTM against the recurrence: h, last state and gradients; one
+    token in a scan over layers."""
     shape = (1, 1, 40, 16, 32) if quick else (2, 4, 600, 256, 512)
     found = []
     for dtype, limit in (("float32", 1e-4), ("bfloat16", 2e-2)):
@@ -125,7 +126,40 @@ def mlstm(quick: bool, peaks: dict) -> list[dict]:
                 found.append({"check": "mlstm", **row, "not_supported": str(error)})
                 continue
             found.append(verdict("mlstm", apart(got, want), limit, **row))
+
+        *inputs, states = mlstm_layers(3, shape, dtype)
+        exact = [x.astype(jnp.float32) for x in inputs]
+        want = jax.jit(functools.partial(mlstm_steps, "ref"))(*exact, states)
+        for impl in ("xla", jax.default_backend()):
+            if impl in ("xla", "tpu", "gpu"):
+                step = jax.jit(functools.partial(mlstm_steps, impl))
+                row = {"dtype": dtype, "impl": impl}
+                try:
+                    got = step(*inputs, states)
+                except NotSupported as error:
+                    found.append({"check": "mlstm step", **row, "not_supported": str(error)})
+                    continue
+                found.append(verdict("mlstm step", apart(got, want), limit, **row))
     return found
+
+
+def mlstm_layers(layers, shape, dtype):
+    """(q, k, v, i, f, states of all layers) of one random token; shape as in mlstm_inputs."""
+    b, h, _, k, v = shape
+    inputs, _ = mlstm_inputs((b, h, 1, k, v), dtype)
+    keys = jax.random.split(jax.random.key(1), 3)
+    sizes = ((layers, b, h, k, v), (layers, b, h, k), (layers, b, h))
+    states = (jnp.abs(jax.random.normal(x, size)) for x, size in zip(keys, sizes))
+    return *(x[:, :, 0] for x in inputs), recurrent.State(*states)
+
+
+def mlstm_steps(impl, q, k, v, i, f, states):
+    """One token through layers as models scan over them: each layer's h is the next one's v."""
+
+    def layer(v, state):
+        return recurrent.mlstm_step(q, k, v, i, f, state, impl=impl)
+
+    return jax.lax.scan(layer, v, states)
 
 
 def mlstm_inputs(shape, dtype):

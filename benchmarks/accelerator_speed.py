@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks import generation as drawing
-from benchmarks.accelerator_checks import mlstm_inputs
+from benchmarks.accelerator_checks import mlstm_inputs, mlstm_layers, mlstm_steps
 from benchmarks.language import LanguageModel
 from benchmarks.train_step import Step
 from configs.common import load_config
@@ -145,6 +145,22 @@ def mlstm(quick: bool, peaks: dict) -> list[dict]:
                 run = functools.partial(jax.jit(function), *arrays[name])
                 work = dict(flops=pairs * times, moved=moved * times) if "mlstm" in name else {}
                 found.append(attempt(row, lambda run=run, w=work: rate(seconds(run), peaks, **w)))
+    return found + _mlstm_steps(quick, peaks, impls)
+
+
+def _mlstm_steps(quick: bool, peaks: dict, impls) -> list[dict]:
+    """One token through the layers of xLSTM 7B, states only: bytes are one read and one write."""
+    layers, heads, k, v = (2, 2, 32, 64) if quick else (32, 8, 256, 512)
+    found = []
+    for rows, impl in itertools.product((1, 4) if quick else (1, 8, 64), impls):
+        row = {"what": f"mlstm step {impl}", "layers": layers, "rows": rows}
+
+        def measure(rows=rows, impl=impl):
+            inputs = mlstm_layers(layers, (rows, heads, 1, k, v), jnp.bfloat16)
+            run = functools.partial(jax.jit(functools.partial(mlstm_steps, impl)), *inputs)
+            return rate(seconds(run), peaks, moved=2 * inputs[-1].C.nbytes)
+
+        found.append(attempt(row, measure))
     return found
 
 

@@ -17,6 +17,12 @@ def _on_gpu(*args, **options):
     return gpu.mlstm(*args, **options)
 
 
+def _step_on_gpu(*args, **options):
+    from kernels.mlstm import gpu_step
+
+    return gpu_step.step(*args, **options)
+
+
 IMPLEMENTATIONS = {
     "ref": ref.mlstm,
     "xla": xla.mlstm,
@@ -30,10 +36,11 @@ STEPS = {
     "xla": ref.step,
     "tpu": tpu_step.step,
     "tpu_interpret": functools.partial(tpu_step.step, interpret=True),
+    "gpu": _step_on_gpu,
+    "gpu_interpret": functools.partial(_step_on_gpu, interpret=True),
 }
 # Tried in this order by impl="auto"; the last one takes everything.
-AUTO_STEP = {"tpu": ("tpu", "xla"), "cpu": ("xla",)}
-AUTO = AUTO_STEP | {"gpu": ("gpu", "xla")}
+AUTO = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla"), "cpu": ("xla",)}
 
 
 def mlstm(
@@ -104,7 +111,7 @@ def mlstm_step(
     impl: str = "auto",
 ) -> tuple[Float[Array, "b h v"], State]:
     """One token of decoding: each state is read and written once."""
-    run, _ = dispatch.choose("mlstm_step", impl, STEPS, AUTO_STEP)
+    run, _ = dispatch.choose("mlstm_step", impl, STEPS, AUTO)
     head, state = ("batch", "act_heads"), State(*state)
     inputs = (q, k, v, i, f, state)
     memory = State((*head, None, None), (*head, None), head)

@@ -285,6 +285,23 @@ def test_check_4_a_tpu_step_is_the_definition():
         mlstm_step(*inputs[:2], inputs[2][..., :12], *inputs[3:], state, impl="tpu_interpret")
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-8)])
+def test_check_4_a_gpu_step_is_the_definition(dtype, tolerance):
+    """In the interpreter; h is rounded to the type of v, the states are float32 either way."""
+    shape = (2, 3, 1, 48, 96, 1)
+    inputs, state = [x[:, :, 0] for x in tensors(shape, dtype)], some_state(shape)
+    h, last = mlstm_step(*inputs, state, impl="gpu_interpret")
+    want, want_last = mlstm_step(*inputs, state, impl="ref")
+    assert h.dtype == dtype
+    assert_close(h, want, tolerance)
+    for got, right in zip(last, want_last):
+        assert_close(got, right, 1e-6)
+    closed, opened = jnp.full_like(inputs[3], -1e30), jnp.full_like(inputs[4], 1e30)
+    _, same = mlstm_step(*inputs[:3], closed, opened, state, impl="gpu_interpret")
+    for got, right in zip(same, state):
+        np.testing.assert_array_equal(got, right)
+
+
 @pytest.mark.parametrize("cut", [1, 16, 20])
 def test_check_4_two_calls_equal_one_and_steps(cut):
     with jax.enable_x64(True):
@@ -473,6 +490,35 @@ def test_check_6_hopper_compiles_at_the_7b_shape():
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * states + 8 * tokens
 
 
+@pytest.mark.aot
+def test_check_6_hopper_compiles_a_step_at_the_7b_shape():
+    """One kernel, which in a scan over layers takes its states from the stack and puts them into
+    another, without copies; impl="auto" leaves other head sizes to XLA."""
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the aot extra")
+    from training import topology
+
+    array, inputs, _, mesh = abstract_7b("h100:1", length=1)
+    wide, layers, heads, (k, v) = functools.partial(array, dtype=jnp.float32), 4, 8, (256, 512)
+
+    def lowered(k, v):
+        token = [array(1, heads, *x.shape[3:], dtype=x.dtype) for x in inputs]
+        token[:3] = (array(1, heads, n) for n in (k, k, v))
+        lead = (layers, 1, heads)
+        states = State(wide(*lead, k, v), wide(*lead, k), wide(*lead))
+
+        def run(q, k, v, i, f, states):
+            return jax.lax.scan(lambda v, state: mlstm_step(q, k, v, i, f, state), v, states)
+
+        with mesh:
+            return jax.jit(run).trace(*token, states).lower(lowering_platforms=("cuda",))
+
+    options = topology.compiler_options(topology.parse("h100:1"))
+    compiled = lowered(k, v).compile(options)
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * heads * k * v
+    assert "mosaic_gpu" not in lowered(k + 8, v).as_text()
+
+
 def test_memory_of_the_gradient_is_flat_in_scores():
     """Four times the tokens: at most about four times the temporaries, no T x T array."""
 
@@ -501,5 +547,13 @@ def test_mistakes_are_named():
         mlstm(*narrow, *inputs[3:], impl="gpu")
     with pytest.raises(NotSupported, match="chunks of 128, not 64"):
         mlstm(*narrow, *inputs[3:], impl="gpu_interpret", chunk=64)
+    one, state = [x[:, :, 0] for x in inputs], empty_state(2, 3, 8, 12)
+    with pytest.raises(NotSupported, match="multiple of 16 up to 512 numbers.*not 8 and 12"):
+        mlstm_step(*one, state, impl="gpu")
+    with pytest.raises(NotSupported, match="float32 or bfloat16 q, k, v, not float32 and float16"):
+        mlstm_step(*(x.astype(jnp.float16) for x in one), state, impl="gpu")
+    one, state = [x[:, :, 0] for x in tensors((1, 1, 1, 16, 32, 1))], empty_state(1, 1, 16, 32)
+    with pytest.raises(NotSupported, match="takes Hopper"):
+        mlstm_step(*one, state, impl="gpu")
     with pytest.raises(ValueError, match="at least one token"):
         mlstm(*(x[:, :, :0] for x in inputs))
