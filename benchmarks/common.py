@@ -4,6 +4,7 @@ Programs that are compared take turns in every round of one process, so that ano
 machine slows all of them; ratios are taken round by round and reported as median and quartiles.
 """
 
+import functools
 import json
 import os
 import platform
@@ -21,15 +22,23 @@ import numpy as np
 def interleave(
     cases: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each case in each round; the case that starts a round changes every round."""
+    """Seconds of each case in each round."""
+    clocked = {name: functools.partial(clock, run) for name, run in cases.items()}
+    return take_turns(clocked, rounds, warmup)
+
+
+def take_turns(
+    cases: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds that each case returns in each round; the one that starts changes every round."""
     for _ in range(warmup):
         for run in cases.values():
-            jax.block_until_ready(run())
+            run()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     names = list(cases)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            seconds[name].append(clock(cases[name]))
+            seconds[name].append(cases[name]())
     return seconds
 
 

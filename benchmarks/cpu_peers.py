@@ -13,6 +13,7 @@ in decoding.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -25,13 +26,13 @@ from training import platform
 ATTENTION = ("eager", "sdpa")
 
 
-class Torch:
-    """One torch process; ask(op, **arguments) -> its answer."""
+class Peer:
+    """A script of this folder in a process of its own; ask(op, **arguments) -> its answer."""
 
-    def __init__(self, python: str):
-        script = Path(__file__).with_name("torch_peer.py")
+    def __init__(self, python: str, script: str = "torch_peer.py"):
+        script = Path(__file__).with_name(script)
         pipe = subprocess.PIPE
-        # What training.platform tells the C library on our side is told on torch's side too.
+        # What training.platform tells the C library on our side is told on the other side too.
         env = {name: str(value) for name, (_, value) in platform.MALLOC.items()} | os.environ
         self.process = subprocess.Popen(
             [python, str(script)], stdin=pipe, stdout=pipe, text=True, env=env
@@ -44,13 +45,19 @@ class Torch:
         line = self.process.stdout.readline()
         answer = json.loads(line) if line else {"error": "the process ended"}
         if "error" in answer:
-            raise RuntimeError(f"torch: {answer['error']}")
+            raise RuntimeError(f"the other side: {answer['error']}")
         return answer
 
     def close(self) -> None:
         """End of input ends the process."""
         self.process.stdin.close()
         self.process.wait()
+
+
+def pin(threads: int) -> None:
+    """Keep this process, and those it starts, on so many cores, whatever the machine has."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def sizes(tiny: bool):
@@ -130,9 +137,8 @@ def arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     """Build, check that both sides compute the same, then take turns."""
     args = arguments(argv)
-    if hasattr(os, "sched_setaffinity"):  # both processes, whatever the machine has
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    peers = {name: Torch(args.torch_python) for name in ATTENTION}
+    pin(args.threads)
+    peers = {name: Peer(args.torch_python) for name in ATTENTION}
     try:
         compare(args, peers)
     finally:
@@ -140,7 +146,7 @@ def main(argv=None) -> None:
             peer.close()
 
 
-def compare(args, peers: dict[str, Torch]) -> None:
+def compare(args, peers: dict[str, Peer]) -> None:
     """Everything after the processes were started."""
     import numpy as np
 
@@ -177,7 +183,7 @@ def compare(args, peers: dict[str, Torch]) -> None:
     common.save(args.out, f"python -m benchmarks.cpu_peers {' '.join(options)}", results)
 
 
-def measure(what: str, args, ours: Ours, peers: dict[str, Torch], tokens: int) -> dict:
+def measure(what: str, args, ours: Ours, peers: dict[str, Peer], tokens: int) -> dict:
     """Check one round of results, then interleaved seconds, tokens per second and the ratio."""
     import numpy as np
 
@@ -190,16 +196,10 @@ def measure(what: str, args, ours: Ours, peers: dict[str, Torch], tokens: int) -
     else:
         same = {n: np.asarray(a["tokens"]) == np.asarray(mine) for n, a in theirs.items()}
         agreement = {n: float(s.mean()) for n, s in same.items()}
-    seconds = {"ours": [], **{name: [] for name in peers}}
-    names = list(seconds)
-    for i in range(args.rounds + 1):
-        for name in names[i % 3 :] + names[: i % 3]:
-            if name == "ours":
-                value = common.clock(getattr(ours, what))
-            else:
-                value = peers[name].ask(what)["seconds"]
-            seconds[name].append(value)
-    seconds = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
+    cases = {"ours": functools.partial(common.clock, getattr(ours, what))}
+    for name, peer in peers.items():
+        cases[name] = lambda peer=peer: peer.ask(what)["seconds"]
+    seconds = common.take_turns(cases, args.rounds)
     best = min(peers, key=lambda name: np.median(seconds[name]))
     row = {
         "what": what,

@@ -90,12 +90,11 @@ class Peer:
         return {"seconds": total / 1e6, "operators": table}
 
 
-def main() -> None:
-    """Answer until the input ends. Libraries that print go to standard error instead."""
+def serve(peer) -> None:
+    """Call methods of `peer` by name until the input ends; what libraries print goes to stderr."""
     warnings.simplefilter("ignore", FutureWarning)  # names of arguments change between versions
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    peer = Peer()
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -107,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Peer())

@@ -1,6 +1,6 @@
 """The benchmarks parse their command lines, take turns fairly, and run in their smallest form."""
 
-import importlib
+import importlib.util
 import json
 import re
 import shlex
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, common, cross_entropy, gpu_static
+from benchmarks import accelerator, common, cross_entropy, gpu_static, xlstm_peers
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = re.compile(r"python -m benchmarks\.(\w+)([^`\n|]*)")
@@ -101,3 +101,33 @@ def test_cross_entropy_memory_row_counts_the_scores():
 def test_digits_keep_four():
     assert common.digits(0.00123456) == 0.001235
     assert common.spread(np.arange(5.0)) == {"median": 2.0, "low": 1.0, "high": 3.0}
+
+
+def test_xlstm_alone():
+    """The sections that need no other package."""
+    argv = ["--tiny", "--rounds=1", "--what", "scan", "context"]
+    forward, both, memory, parallel, context = xlstm_peers.run(xlstm_peers.arguments(argv))
+    assert both["largest_difference"] < 1e-4
+    assert set(forward["seconds"]) == {"chunkwise", "recurrent"}
+    assert memory["chunkwise / recurrent"] < 0.5
+    assert parallel["chunkwise / parallel"] < 0.5
+    assert set(context["seconds"]) == {"16", "256"}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("mlstm_kernels"), reason="needs the bench extra")
+def test_xlstm_peers_compute_the_same():
+    argv = ["--tiny", "--rounds=1", "--what", "cell", "model"]
+    rows = xlstm_peers.run(xlstm_peers.arguments(argv))
+    assert max(max(row["largest_difference"].values()) for row in rows) < 1e-3
+
+
+def test_sides_that_compute_different_things_are_refused():
+    one = {"h": np.ones(3), "tokens": np.arange(3)}
+    assert xlstm_peers.apart(one, one) == 0
+    for other in (
+        {"h": np.ones(3) + 0.01},
+        {"tokens": np.zeros(3, int)},
+        {"h": np.full(3, np.nan)},
+    ):
+        with pytest.raises(ValueError, match="compute different"):
+            xlstm_peers.apart(one, one | other)
