@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import math
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import common, loading
 from configs.common import base, load_config, parse_arg
+from training import loop, metrics
 
 CONFIGS = [p.stem for p in loading.list_configs()]
 TOP = set(base())
@@ -44,6 +46,24 @@ def test_every_config_says_what_it_is(name):
     assert doc.splitlines()[0]
     assert "python main.py --config=configs/" in doc or (loading.ROOT / alias.group(1)).is_file()
     assert "debug" in variants(name)
+
+
+TRAINED = [
+    name
+    for name in CONFIGS
+    if name not in ("uniflud", "unifluid")  # tests/test_flagship.py runs their :debug whole
+    and load_config(f"{name}:debug").task == "train"
+]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_debug_variant_trains_two_steps(name, tmp_path):
+    config = load_config(f"{name}:debug", steps=2, log_every=1, evals=())
+    config.sample.prompts = ()
+    loop.train(config, tmp_path)
+    rows = metrics.read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row["train/loss"]) for row in rows)
 
 
 def test_overrides_keep_their_types():
