@@ -331,6 +331,21 @@ def extend(net: XLSTM, params, token, state) -> tuple[Float[Array, "b v"], State
     return _apply(net, params, hidden[:, 0], method="logits"), state
 
 
+def rounded(net: XLSTM, params):
+    """The parameters with every matrix in the type that it is multiplied in.
+
+    The same numbers come out: each use would round it. A token then reads half the bytes of
+    float32 parameters. Gates and norms stay float32.
+    """
+
+    def one(path, x):
+        *_, owner, name = ("", *(key.key for key in path))
+        matrix = name in ("embedding", "head") or (name == "kernel" and owner not in ("i", "f"))
+        return x.astype(net.dtype) if matrix else x
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 def weight_map(cfg: XLSTMConfig) -> WeightMap:
     """Names of NX-AI/xLSTM-7b as transformers loads it."""
     block = "backbone.blocks.{layer}."
@@ -374,6 +389,7 @@ def predict(net: XLSTM) -> dict:
         "init_state": functools.partial(init_state, net.cfg),
         "prefill": functools.partial(prefill, net),
         "extend": functools.partial(extend, net),
+        "rounded": functools.partial(rounded, net),
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import pytest
 
@@ -26,8 +27,8 @@ class Letters:
 def run():
     config = load_config("configs/xlstm.py:debug", **{"model.vocab_size": 64, "sample.max_new": 5})
     model = MODELS["xlstm"](config)
-    params = jax.jit(lambda key: model.init(key)[0])(jax.random.key(0))
-    return config, model, jax.tree.map(lambda x: getattr(x, "value", x), params)
+    params = jax.jit(lambda key: nn.meta.unbox(model.init(key)[0]))(jax.random.key(0))
+    return config, model, params
 
 
 def test_prompts_become_texts_and_records(run, tmp_path, capsys):

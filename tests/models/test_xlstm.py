@@ -253,6 +253,20 @@ def test_check_12_the_7b_schedule():
     assert lr(549_999) < 1e-4 * peak
 
 
+def test_rounded_parameters_give_the_same_scores():
+    """bfloat16: rounding every matrix once or at every use is the same, bit for bit."""
+    net, params = net_and_params()
+    net = XLSTM(net.cfg, jnp.bfloat16)
+    token, state = jnp.array([3, 4]), xlstm.init_state(net.cfg, 2)
+    once = jax.jit(functools.partial(xlstm.rounded, net))(params)
+    kept = [x for x in jax.tree.leaves(once) if x.dtype == jnp.float32]
+    assert sum(x.size for x in kept) < 0.05 * sum(x.size for x in jax.tree.leaves(once))
+    step = jax.jit(functools.partial(xlstm.extend, net))
+    jax.tree.map(
+        np.testing.assert_array_equal, step(once, token, state), step(params, token, state)
+    )
+
+
 @pytest.mark.parametrize("steps", [76_000, 150_000])
 @pytest.mark.parametrize("name", ["exponential", "cosine"])
 def test_check_12_the_public_curves(name, steps):
