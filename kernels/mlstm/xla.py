@@ -10,7 +10,7 @@ m_t = max(b_t + m, max_s D_ts) (kernels/mlstm/gates.py computes what has no q, k
 
 The gradient is written out. It is exact: gauges m are constants in it (h and the state as a whole
 do not depend on them), so it flows through the first and the last state too. Kept for it are the
-inputs; states are computed once more, one per chunk, scores chunk by chunk.
+inputs and h; states are computed once more, one per chunk, scores chunk by chunk.
 
 Pairs of tokens of different documents are masked before the exponential, and stay out of maxima.
 """
@@ -69,8 +69,7 @@ def _chunkwise(options, q, k, v, i, log_f, C, n, m, documents):
     chunks, last = _chunks(options.chunk, q, k, v, i, log_f, documents, m)
 
     def body(state, chunk):
-        h, _ = _output(options, chunk, *state)
-        return _next(chunk, *state), h
+        return _next(chunk, *state), _output(chunk, state[0], _scores(options, chunk, state[1]))
 
     (C, n), h = jax.lax.scan(body, (C, n), chunks)
     return _join(h, q.shape[2]).astype(v.dtype), (C, n, last)
@@ -109,11 +108,17 @@ def _chunks(length, q, k, v, i, log_f, documents, m) -> tuple[Chunk, Float[Array
     i = cut(i, 2, constant_values=gates_lib.NEVER)
     rows, last = gates_lib.rows(i, cut(log_f, 2), documents, m)
     stacked = Chunk(
-        *(jnp.moveaxis(cut(x, 2), 2, 0) for x in (q, k, v)),
+        *(_cut(x, length) for x in (q, k, v)),
         jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), rows),
         jnp.moveaxis(documents, 1, 0),
     )
     return stacked, last
+
+
+def _cut(x: Float[Array, "b h t v"], length: int) -> Float[Array, "c b h l v"]:
+    """Chunks on a leading axis, the last one padded with zeros."""
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % length), (0, 0)))
+    return jnp.moveaxis(x.reshape(*x.shape[:2], -1, length, x.shape[-1]), 2, 0)
 
 
 def _join(x, length):
@@ -131,7 +136,7 @@ def dot(spec, x, y):
     return jnp.einsum(spec, x, y, preferred_element_type=wide, precision=precision)
 
 
-def _output(options: Options, chunk: Chunk, C, n) -> tuple[Float[Array, "b h l v"], Scores]:
+def _scores(options: Options, chunk: Chunk, n) -> Scores:
     # The scale of q goes into the weights: q itself keeps its digits.
     scale, gates, numbers = chunk.q.shape[-1] ** -0.5, chunk.gates, chunk.documents
     t = jnp.arange(numbers.shape[-1])
@@ -139,12 +144,15 @@ def _output(options: Options, chunk: Chunk, C, n) -> tuple[Float[Array, "b h l v
     exponent = gates.r[..., :, None] + gates.c[..., None, :]
     E = scale * jnp.exp(jnp.where(pairs, exponent, gates_lib.NEVER))
     S = dot("bhtk,bhsk->bhts", chunk.q, chunk.k) * E
-    w = scale * gates.w
+    den = scale * gates.w * jnp.einsum("bhtk,bhk->bht", chunk.q.astype(S.dtype), n) + S.sum(-1)
+    return Scores(E, S, den, jnp.maximum(jnp.abs(den), gates.bound) + options.eps)
+
+
+def _output(chunk: Chunk, C, scores: Scores) -> Float[Array, "b h l v"]:
+    w = chunk.q.shape[-1] ** -0.5 * chunk.gates.w
     num = w[..., None] * dot("bhtk,bhkv->bhtv", chunk.q, C)
-    num += dot("bhts,bhsv->bhtv", S, chunk.v)
-    den = w * jnp.einsum("bhtk,bhk->bht", chunk.q.astype(S.dtype), n) + S.sum(-1)
-    bound = jnp.maximum(jnp.abs(den), gates.bound) + options.eps
-    return num / bound[..., None], Scores(E, S, den, bound)
+    num += dot("bhts,bhsv->bhtv", scores.S, chunk.v)
+    return num / scores.bound[..., None]
 
 
 def _next(chunk: Chunk, C, n):
@@ -157,22 +165,20 @@ def _next(chunk: Chunk, C, n):
 
 def _forward(options, q, k, v, i, log_f, C, n, m, documents):
     out = _chunkwise(options, q, k, v, i, log_f, C, n, m, documents)
-    return out, (q, k, v, i, log_f, C, n, m, documents)
+    return out, (q, k, v, i, log_f, C, n, m, documents, out[0])
 
 
 def _backward(options, residuals, cotangents):
-    q, k, v, i, log_f, C, n, m, documents = residuals
+    q, k, v, i, log_f, C, n, m, documents, h = residuals
     dh, (dC, dn, _) = cotangents
     chunks, _ = _chunks(options.chunk, q, k, v, i, log_f, documents, m)
     last, before = jax.lax.scan(lambda state, chunk: (_next(chunk, *state), state), (C, n), chunks)
-    more = -q.shape[2] % options.chunk
-    dh = jnp.pad(dh.astype(C.dtype), ((0, 0), (0, 0), (0, more), (0, 0)))
-    dh = jnp.moveaxis(dh.reshape(*dh.shape[:2], -1, options.chunk, dh.shape[-1]), 2, 0)
+    dh, h = (_cut(x.astype(C.dtype), options.chunk) for x in (dh, h))
 
     def body(carry, inputs):
         dC, dn, after = carry  # of and at the chunk's outgoing state
-        chunk, state, dh = inputs
-        grads, flow = _chunk_gradients(options, chunk, *state, dh, dC, dn)
+        chunk, state, h, dh = inputs
+        grads, flow = _chunk_gradients(options, chunk, *state, h, dh, dC, dn)
         *tokens, dC_before, dn_before = grads
         if not options.official_backward:
             into_next = (after[0] * dC).sum((-2, -1)) + (after[1] * dn).sum(-1)
@@ -180,7 +186,7 @@ def _backward(options, residuals, cotangents):
         return (dC_before, dn_before, state), (*tokens, flow)
 
     start = (dC.astype(C.dtype), dn.astype(C.dtype), last)
-    (dC, dn, _), stacked = jax.lax.scan(body, start, (chunks, before, dh), reverse=True)
+    (dC, dn, _), stacked = jax.lax.scan(body, start, (chunks, before, h, dh), reverse=True)
     dq, dk, dv, di, dlog_f = (_join(x, q.shape[2]) for x in stacked)
     if options.official_backward:  # one sum over the whole row, nothing from the last state
         dlog_f = jnp.cumsum(dlog_f[..., ::-1], axis=-1)[..., ::-1]
@@ -188,9 +194,9 @@ def _backward(options, residuals, cotangents):
     return dq, dk, dv, di, dlog_f, dC, dn, jnp.zeros_like(m), None
 
 
-def _chunk_gradients(options, chunk, C, n, dh, dC, dn):
+def _chunk_gradients(options, chunk, C, n, h, dh, dC, dn):
     """((dq, dk, dv, di, dC, dn before), <q, dq> - <k, dk> per token) of one chunk."""
-    gates, (h, scores) = chunk.gates, _output(options, chunk, C, n)
+    gates, scores = chunk.gates, _scores(options, chunk, n)
     wide, (q, k, v) = dh.dtype, chunk[:3]
     dnum = dh / scores.bound[..., None]
     dden = jnp.zeros_like(scores.den)
