@@ -23,8 +23,10 @@ def possible(predict) -> bool:
 
     Not with order_pos="rope2d": its step would need the place of the token before as well.
     """
-    one = jnp.zeros((1, 1), jnp.int32)
-    return predict.keys() >= NEEDS and predict["turns"](one[0], one, one) is None
+    if not predict.keys() >= NEEDS:
+        return False
+    begin, place = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (1, 1)))
+    return jax.eval_shape(predict["turns"], begin, place, place) is None
 
 
 def functions(model, config, params: Any) -> dict[str, Function]:
