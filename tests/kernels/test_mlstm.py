@@ -1,11 +1,6 @@
 """mLSTM: golden values of the specification, chunks against the recurrence, documents, states."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +9,7 @@ import pytest
 
 from kernels.errors import NotSupported
 from kernels.mlstm import State, empty_state, mlstm, mlstm_step
+from tests.kernels.seven_checks import SevenChecks, abstract_on, assert_close
 
 # (B, H, T, K, V, chunk): one token, odd lengths, chunks that do not divide them, K = 1 and 130.
 SHAPES = [
@@ -32,11 +28,6 @@ def fill(c, *shape):
     return jnp.asarray(np.sin(c + sum(s * x for s, x in zip(steps, np.indices(shape)))))
 
 
-def chunk_of(shape, impl):
-    """The shape's chunk, or the next one that a TPU kernel takes."""
-    return shape[-1] if impl == "xla" else -(-shape[-1] // 16) * 16
-
-
 def tensors(shape, dtype=jnp.float32, seed=0):
     b, h, t, k, v, _ = shape
     keys = jax.random.split(jax.random.key(seed), 5)
@@ -52,33 +43,48 @@ def some_state(shape, dtype=jnp.float32, seed=7):
     return State(*(jax.random.normal(key, s).astype(dtype) for key, s in zip(keys, sizes)))
 
 
-def ids(shape, seed=3):
-    """Documents of random lengths; ids come back, which does not join them."""
-    b, t = shape[0], shape[2]
-    changes = np.random.default_rng(seed).random((b, t)) < 0.15
-    return jnp.asarray(np.cumsum(changes, 1) % 2, jnp.int32)
+def tame(inputs, state):
+    """q, k and the state of one sign: where positive and negative scores cancel in the denominator,
+    h magnifies the rounding of the scores at will."""
+    return [*map(jnp.abs, inputs[:2]), *inputs[2:]], State(*map(jnp.abs, state))
 
 
-def assert_close(got, want, tolerance):
-    got, want = (np.asarray(x, np.float64) for x in (got, want))
-    assert np.isfinite(got).all()
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(np.abs(want).max(), 1e-6))
+class TestMLSTM(SevenChecks):
+    """Checks 1 to 5, and 10 of the specification."""
+
+    SHAPES = SHAPES
+    IMPLS = CHUNKED
+    EXACT = dict(eps=0.0)
+    GRADIENT_SHAPES = (SHAPES[1], (1, 2, 50, 96, 192, 32))  # the second: its check 5
+    MESHES = (
+        ("xla", dict(data=2, fsdp=1, tensor=2, seq=2)),
+        ("xla", dict(data=1, fsdp=1, tensor=1, seq=8)),
+        ("tpu_interpret", dict(data=1, fsdp=2, tensor=1, seq=4)),
+    )
+    MESH_SHAPE = (2, 2, 64, 8, 12, 16)
+
+    inputs, state, tame = map(staticmethod, (tensors, some_state, tame))
+
+    def run(self, inputs, state, **options):
+        return mlstm(*inputs, state=state, **options)
+
+    def step(self, inputs, state):
+        return mlstm_step(*inputs, state)
+
+    def plain(self, state):
+        """C and n without their gauge."""
+        scale = jnp.exp(state.m)
+        return state.C * scale[..., None, None], state.n * scale[..., None]
+
+    def trained(self, state):
+        """The gauge is a constant."""
+        return state[:2], lambda leaves: State(*leaves, state.m)
+
+    def chunk(self, shape, impl):
+        return shape[-1] if impl == "xla" else -(-shape[-1] // 16) * 16
 
 
-def assert_states_close(got, want, tolerance):
-    """Equal up to the gauge m."""
-    shift = jnp.exp(got.m - want.m)
-    assert_close(got.C * shift[..., None, None], want.C, tolerance)
-    assert_close(got.n * shift[..., None], want.n, tolerance)
-
-
-def objective(inputs, state, cotangent, **options):
-    """A number that every output takes part in; it depends on the state, not on its gauge."""
-    h, last = mlstm(*inputs, state=state, **options)
-    scale = jnp.exp(last.m)
-    weights = (jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for x in last[:2])
-    C, n = last.C * scale[..., None, None], last.n * scale[..., None]
-    return (h * cotangent).sum() + 0.01 * sum((w * x).sum() for w, x in zip(weights, (C, n)))
+CHECKS = TestMLSTM()
 
 
 @pytest.mark.parametrize("options", [dict(impl="ref"), dict(chunk=3), dict(chunk=8)])
@@ -129,77 +135,12 @@ def test_golden_values_of_the_official_backward():
             np.testing.assert_allclose(grad.sum(), want, atol=5e-7)
 
 
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("impl", CHUNKED)
-def test_checks_1_and_2_equal_ref(impl, shape, documents):
-    segments = ids(shape) if documents else None
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def run(inputs, state, impl):
-        options = dict(segment_ids=segments, chunk=chunk_of(shape, impl))
-        return mlstm(*inputs, state=state, **options, impl=impl)
-
-    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)):
-        inputs, state = tensors(shape, dtype), some_state(shape)
-        if dtype == jnp.bfloat16:
-            # Of one sign: where positive and negative scores cancel in the denominator, h magnifies
-            # the rounding of the scores at will.
-            inputs[:2], state = [jnp.abs(x) for x in inputs[:2]], State(*map(jnp.abs, state))
-        h, last = run(inputs, state, impl)
-        want, want_last = run([x.astype(jnp.float32) for x in inputs], state, "ref")
-        assert h.dtype == dtype and last.C.dtype == jnp.float32
-        assert_close(h, want, tolerance)
-        assert_states_close(last, want_last, tolerance)
-
-
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_check_3_gradients_equal_autodiff_of_ref(shape, documents):
-    """float64, eps = 0: through inputs, the first and the last state, to 1e-11."""
-    with jax.enable_x64(True):
-        f64 = lambda xs: [x.astype(jnp.float64) for x in xs]  # noqa: E731
-        inputs, state = f64(tensors(shape)), State(*f64(some_state(shape)))
-        cotangent = jax.random.normal(jax.random.key(9), inputs[2].shape, jnp.float64)
-        options = dict(segment_ids=ids(shape) if documents else None, eps=0.0, chunk=shape[-1])
-
-        def gradient(impl):
-            def total(inputs, C, n):
-                last = State(C, n, state.m)
-                return objective(inputs, last, cotangent, **options, impl=impl)
-
-            return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(inputs, state.C, state.n)
-
-        grads = gradient("xla"), gradient("ref")
-        for got, want in zip(*map(jax.tree.leaves, grads)):
-            assert_close(got, want, 1e-11)
-
-
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("shape", [SHAPES[1], (1, 2, 50, 96, 192, 32)])
-@pytest.mark.parametrize("impl", CHUNKED)
-def test_check_3_float32_gradients(impl, shape, documents):
-    """Through inputs and states; 96 and 192 are not whole lanes (check 5 of the specification)."""
-    inputs, state = tensors(shape), some_state(shape)
-    cotangent = jax.random.normal(jax.random.key(9), inputs[2].shape)
-    options = dict(segment_ids=ids(shape) if documents else None, chunk=shape[-1])
-
-    def gradient(impl):
-        def total(inputs, C, n):
-            return objective(inputs, State(C, n, state.m), cotangent, **options, impl=impl)
-
-        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(inputs, state.C, state.n)
-
-    for got, want in zip(*(jax.tree.leaves(gradient(x)) for x in (impl, "ref"))):
-        assert_close(got, want, 2e-4)
-
-
 @pytest.mark.parametrize("official", [False, True])
 def test_check_3_tpu_gradients_of_bfloat16(official):
     """The kernels' gradients beside the chunks' in bfloat16: the same roundings, two orders."""
     shape = SHAPES[1]
     inputs, state = tensors(shape, jnp.bfloat16), some_state(shape)
-    inputs[:2], state = [jnp.abs(x) for x in inputs[:2]], State(*map(jnp.abs, state))
+    inputs, state = tame(inputs, state)
     cotangent = jax.random.normal(jax.random.key(9), inputs[2].shape)
 
     def gradient(impl):
@@ -221,13 +162,13 @@ def test_checks_1_to_3_gpu_equals_ref(packed):
     """
     shape = (1, 2, 150, 96, 192, 128) if packed else (1, 1, 256, 128, 256, 128)
     inputs, state = tensors(shape, jnp.bfloat16), some_state(shape)
-    inputs[:2], state = [jnp.abs(x) for x in inputs[:2]], State(*map(jnp.abs, state))
-    numbers = ids(shape) if packed else None
+    inputs, state = tame(inputs, state)
+    numbers = document_ids(shape) if packed else None
     cotangent = jax.random.normal(jax.random.key(9), inputs[2].shape)
 
     def total(inputs, C, n, impl):
         options = dict(segment_ids=numbers, impl=impl)
-        return objective(inputs, State(C, n, state.m), cotangent, **options)
+        return CHECKS.objective(inputs, State(C, n, state.m), cotangent, **options)
 
     def run(impl, inputs):
         given = (inputs, state.C, state.n)
@@ -238,7 +179,7 @@ def test_checks_1_to_3_gpu_equals_ref(packed):
     grads, (h, last) = run("gpu_interpret", inputs)
     want_grads, (want, want_last) = run("ref", [x.astype(jnp.float32) for x in inputs])
     assert_close(h, want, 2e-2)
-    assert_states_close(last, want_last, 2e-2)
+    CHECKS.assert_states_close(last, want_last, 2e-2)
     for got, right in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads)):
         assert_close(got, right, 2e-2)
 
@@ -259,18 +200,6 @@ def test_check_4_official_gpu_gradients():
 
     for got, want in zip(gradient("gpu_interpret"), gradient("xla")):
         assert_close(got, want, 2e-2)
-
-
-@pytest.mark.parametrize("impl", CHUNKED)
-@pytest.mark.parametrize("cut", [16, 20])
-def test_check_4_float32_calls_follow_each_other(impl, cut):
-    shape = SHAPES[1]
-    inputs, options = tensors(shape), dict(chunk=16, impl=impl)
-    whole, last = mlstm(*inputs, **options)
-    first, state = mlstm(*(x[:, :, :cut] for x in inputs), **options)
-    second, end = mlstm(*(x[:, :, cut:] for x in inputs), state=state, **options)
-    assert_close(jnp.concatenate([first, second], 2), whole, 1e-5)
-    assert_states_close(end, last, 1e-5)
 
 
 def test_check_4_a_tpu_step_is_the_definition():
@@ -300,22 +229,6 @@ def test_check_4_a_gpu_step_is_the_definition(dtype, tolerance):
     _, same = mlstm_step(*inputs[:3], closed, opened, state, impl="gpu_interpret")
     for got, right in zip(same, state):
         np.testing.assert_array_equal(got, right)
-
-
-@pytest.mark.parametrize("cut", [1, 16, 20])
-def test_check_4_two_calls_equal_one_and_steps(cut):
-    with jax.enable_x64(True):
-        shape = SHAPES[1]
-        inputs = [x.astype(jnp.float64) for x in tensors(shape)]
-        whole, last = mlstm(*inputs, chunk=16)
-        first, state = mlstm(*(x[:, :, :cut] for x in inputs), chunk=16)
-        second, end = mlstm(*(x[:, :, cut:] for x in inputs), state=state, chunk=16)
-        assert_close(jnp.concatenate([first, second], 2), whole, 1e-12)
-        assert_states_close(end, last, 1e-12)
-        for t in range(cut, shape[2]):
-            h, state = mlstm_step(*(x[:, :, t] for x in inputs), state)
-            assert_close(h, whole[:, :, t], 1e-12)
-        assert_states_close(state, last, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +293,7 @@ def test_masked_tokens_leave_the_state_alone(impl):
     i, f = inputs[3].at[:, :, 20:].set(-1e30), inputs[4].at[:, :, 20:].set(1e30)
     _, got = mlstm(*inputs[:3], i, f, state=state, impl=impl, chunk=16)
     _, want = mlstm(*(x[:, :, :20] for x in inputs), state=state, impl=impl, chunk=16)
-    assert_states_close(got, want, 1e-6)
+    CHECKS.assert_states_close(got, want, 1e-6)
     _, written = mlstm(*inputs, state=state, impl=impl, chunk=16)
     assert np.abs(written.n - want.n).max() > 1e-2
 
@@ -398,46 +311,14 @@ def test_the_states_document():
     assert np.abs(goes_on[1] - empty[1]).max() > 1e-2
 
 
-@pytest.mark.parametrize("impl", CHUNKED)
-def test_check_5_vmap_equals_a_loop(impl):
-    shape, options = SHAPES[1], dict(chunk=16, impl=impl)
-    pairs = [jnp.stack(x) for x in zip(tensors(shape), tensors(shape, seed=5))]
-    got, _ = jax.vmap(lambda *x: mlstm(*x, **options))(*pairs)
-    for n in range(2):
-        assert_close(got[n], mlstm(*(x[n] for x in pairs), **options)[0], 1e-5)
-
-
-def test_checks_5_and_10_on_eight_devices_as_on_one():
-    """Rows, heads and tokens cut over meshes: values and every gradient, through both states."""
-    script = Path(__file__).with_name("mlstm_on_mesh.py")
-    root = script.parents[2]
-    done = subprocess.run(
-        [sys.executable, str(script)], env=os.environ | {"PYTHONPATH": str(root)}, cwd=root,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 6 and all(len(row["differences"]) == 11 for row in rows)
-    for row in rows:
-        assert max(row["differences"]) < 2e-5, row
-
-
 def abstract_7b(topology, length=2048):
     """(array, (q, k, v, i, f), documents): abstract, on a device of the topology; its context."""
-    from training import topology as topologies
-
-    device = topologies.devices(topologies.parse(topology))[0]
-    place = jax.sharding.SingleDeviceSharding(device)
-
-    def array(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
+    array, mesh = abstract_on(topology)
     b, h, k, v = 1, 8, 256, 512
     gates = [array(b, h, length, dtype=jnp.float32)] * 2
     tokens = (b, h, length)
     inputs = (array(*tokens, k), array(*tokens, k), array(*tokens, v), *gates)
-    numbers = array(b, length, dtype=jnp.int32)
-    return array, inputs, numbers, jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("data",)))
+    return array, inputs, array(b, length, dtype=jnp.int32), mesh
 
 
 def packed_loss(inputs, numbers):
