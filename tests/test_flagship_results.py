@@ -50,12 +50,12 @@ def test_check_8_committed_runs_pass_the_bar(seed):
 
 
 def test_check_8_committed_full_run():
-    """`:full` with all glyphs: the answers' 95 % are reached; the pictures' 90 % are not yet."""
+    """`:full` with all glyphs: the answers' 95 % are reached; the pictures' 90 % are missed by one."""
     found = json.loads((RESULTS / "full-seed0.json").read_text())
     log = rows(RESULTS / "full-seed0.metrics.jsonl")
-    assert log[-1]["step"] == found["step"] == 4500
+    assert log[-1]["step"] == found["step"] == 6500
     assert found["questions/accuracy"] >= 0.95
-    assert found["retrieval/train_top1_latent"] > 0.85
+    assert round(240 * found["retrieval/train_top1_latent"]) == 215
 
 
 def test_check_8_log_starts_as_this_code_starts(tmp_path):
