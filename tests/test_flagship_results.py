@@ -50,7 +50,7 @@ def test_check_8_committed_runs_pass_the_bar(seed):
 
 
 def test_check_8_committed_full_run():
-    """`:full` with all glyphs: the answers' 95 % are reached; the pictures' 90 % are missed by one."""
+    """`:full`: the answers' 95 % are reached; the pictures' 90 % are missed by one of 240."""
     found = json.loads((RESULTS / "full-seed0.json").read_text())
     log = rows(RESULTS / "full-seed0.metrics.jsonl")
     assert log[-1]["step"] == found["step"] == 6500
