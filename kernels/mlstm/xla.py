@@ -10,7 +10,7 @@ m_t = max(b_t + m, max_s D_ts) (kernels/mlstm/gates.py computes what has no q, k
 
 The gradient is written out. It is exact: gauges m are constants in it (h and the state as a whole
 do not depend on them), so it flows through the first and the last state too. Kept for it are the
-inputs and h; states are computed once more, one per chunk, scores chunk by chunk.
+inputs, h and the state before every chunk; scores are computed once more, chunk by chunk.
 
 Pairs of tokens of different documents are masked before the exponential, and stay out of maxima.
 """
@@ -65,14 +65,20 @@ def mlstm(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunkwise(options, q, k, v, i, log_f, C, n, m, documents):
+def _chunkwise(options, *inputs):
+    return _run(options, *inputs, keep=False)[0]
+
+
+def _run(options, q, k, v, i, log_f, C, n, m, documents, *, keep: bool):
+    """((h, last state), memory and normaliser before every chunk if they are to be kept)."""
     chunks, last = _chunks(options.chunk, q, k, v, i, log_f, documents, m)
 
     def body(state, chunk):
-        return _next(chunk, *state), _output(chunk, state[0], _scores(options, chunk, state[1]))
+        h = _output(chunk, state[0], _scores(options, chunk, state[1]))
+        return _next(chunk, *state), (h, state if keep else None)
 
-    (C, n), h = jax.lax.scan(body, (C, n), chunks)
-    return _join(h, q.shape[2]).astype(v.dtype), (C, n, last)
+    (C, n), (h, before) = jax.lax.scan(body, (C, n), chunks)
+    return (_join(h, q.shape[2]).astype(v.dtype), (C, n, last)), before
 
 
 class Chunk(NamedTuple):
@@ -164,16 +170,16 @@ def _next(chunk: Chunk, C, n):
 
 
 def _forward(options, q, k, v, i, log_f, C, n, m, documents):
-    out = _chunkwise(options, q, k, v, i, log_f, C, n, m, documents)
-    return out, (q, k, v, i, log_f, C, n, m, documents, out[0])
+    out, before = _run(options, q, k, v, i, log_f, C, n, m, documents, keep=True)
+    return out, (q, k, v, i, log_f, m, documents, out, before)
 
 
 def _backward(options, residuals, cotangents):
-    q, k, v, i, log_f, C, n, m, documents, h = residuals
+    q, k, v, i, log_f, m, documents, (h, (*last, _)), before = residuals
     dh, (dC, dn, _) = cotangents
     chunks, _ = _chunks(options.chunk, q, k, v, i, log_f, documents, m)
-    last, before = jax.lax.scan(lambda state, chunk: (_next(chunk, *state), state), (C, n), chunks)
-    dh, h = (_cut(x.astype(C.dtype), options.chunk) for x in (dh, h))
+    wide = m.dtype
+    dh, h = (_cut(x.astype(wide), options.chunk) for x in (dh, h))
 
     def body(carry, inputs):
         dC, dn, after = carry  # of and at the chunk's outgoing state
@@ -185,7 +191,7 @@ def _backward(options, residuals, cotangents):
             flow = jnp.cumsum(flow[..., ::-1], axis=-1)[..., ::-1] + into_next[..., None]
         return (dC_before, dn_before, state), (*tokens, flow)
 
-    start = (dC.astype(C.dtype), dn.astype(C.dtype), last)
+    start = (dC.astype(wide), dn.astype(wide), tuple(last))
     (dC, dn, _), stacked = jax.lax.scan(body, start, (chunks, before, h, dh), reverse=True)
     dq, dk, dv, di, dlog_f = (_join(x, q.shape[2]) for x in stacked)
     if options.official_backward:  # one sum over the whole row, nothing from the last state
