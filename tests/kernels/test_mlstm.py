@@ -9,7 +9,7 @@ import pytest
 
 from kernels.errors import NotSupported
 from kernels.mlstm import State, empty_state, mlstm, mlstm_step
-from tests.kernels.seven_checks import SevenChecks, abstract_on, assert_close
+from tests.kernels.seven_checks import SevenChecks, abstract_on, assert_close, document_ids
 
 # (B, H, T, K, V, chunk): one token, odd lengths, chunks that do not divide them, K = 1 and 130.
 SHAPES = [

@@ -124,8 +124,9 @@ def test_ramp_of_the_batch(tmp_path, monkeypatch):
         [r for r in metrics.read_rows(tmp_path / name / "metrics.jsonl") if "train/loss" in r]
         for name in ("whole", "cut")
     )
-    rows = [round(r["train/examples_per_s"] / r["train/steps_per_s"]) for r in whole]
-    assert rows == [4, 4, 8, 8, 16, 16]
+    timed = [r for r in whole if r["train/steps_per_s"]]  # not the steps that compile
+    rows = {r["step"]: round(r["train/examples_per_s"] / r["train/steps_per_s"]) for r in timed}
+    assert rows.items() >= {2: 4, 4: 8, 6: 16}.items()
     assert [r["train/loss"] for r in cut] == [r["train/loss"] for r in whole]
     with pytest.raises(ValueError, match=r"config.ramp has \(4, 2\): .*config.data.name='text'"):
         setup.check(load_config("configs/uniflud.py:debug", ramp=((4, 2),)))
