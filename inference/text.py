@@ -75,9 +75,8 @@ class _Carry(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _compiled(functions, top_k: int, nucleus: bool, penalised: bool):
-    """(rounded, prefill, loop), jitted for one set of static choices."""
+    """(prefill, loop), jitted for one set of static choices."""
     predict = dict(functions)
-    rounded = jax.jit(predict["rounded"]) if "rounded" in predict else lambda params: params
 
     @functools.partial(jax.jit, donate_argnums=3)
     def prefill(params, tokens, lengths, state):
@@ -119,7 +118,7 @@ def _compiled(functions, top_k: int, nucleus: bool, penalised: bool):
         out = jnp.full((rows, stride), PAD, jnp.int32)
         return jax.lax.while_loop(more, body, (carry, out))
 
-    return rounded, prefill, loop
+    return prefill, loop
 
 
 def generate(
@@ -148,14 +147,15 @@ def generate(
         tokens[row, : len(ids)] = ids
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     stride = stride or (8 if emit else 32 if sampling.stop else sampling.max_new)
-    rounded, prefill, loop = _compiled(
+    prefill, loop = _compiled(
         tuple(model.predict.items()),
         sampling.top_k,
         sampling.top_p < 1.0,
         sampling.repetition_penalty != 1.0,
     )
     state = model.predict["init_state"](rows, width + sampling.max_new)
-    params = rounded(params)
+    if "rounded" in model.predict:
+        params = model.predict["rounded"](params)
     carry = prefill(params, tokens, lengths, state)
     keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(rows))
     numbers = (sampling.temperature, sampling.top_p, sampling.repetition_penalty)

@@ -33,14 +33,7 @@ def endless(count: int, seed: int) -> grain.MapDataset:
 
 def index_batches(count: int, batch: int, seed: int) -> grain.MapDataset:
     """Batches int64 [batch] of `endless` indices."""
-    return in_batches(endless(count, seed), batch)
-
-
-def in_batches(indices: grain.MapDataset, batch: int, ramp: Ramp = ()) -> grain.MapDataset:
-    """Batches int64 [batch] of consecutive indices, the first ones smaller by a `ramp`."""
-    if ramp:
-        return Ramped(indices, batch, ramp)
-    return indices.batch(batch, drop_remainder=True, batch_fn=lambda i: np.array(i, np.int64))
+    return Batches(endless(count, seed), batch)
 
 
 def first_row(step: int, batch: int, ramp: Ramp) -> int:
@@ -52,10 +45,10 @@ def first_row(step: int, batch: int, ramp: Ramp) -> int:
     return rows + step * batch
 
 
-class Ramped(grain.MapDataset):
+class Batches(grain.MapDataset):
     """Batches int64 of `batch` indices, in the first steps of those sizes that `ramp` lists."""
 
-    def __init__(self, indices: grain.MapDataset, batch: int, ramp: Ramp):
+    def __init__(self, indices: grain.MapDataset, batch: int, ramp: Ramp = ()):
         super().__init__(indices)
         self._batch, self._ramp = batch, ramp
 
@@ -69,7 +62,7 @@ class Ramped(grain.MapDataset):
         return np.array([self._parent[i] for i in range(begin, end)], np.int64)
 
     def __str__(self) -> str:
-        return f"Ramped({self._batch}, {self._ramp})"
+        return f"Batches({self._batch}, {self._ramp})"
 
 
 class Prefetched(grain.IterDataset):

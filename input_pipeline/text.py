@@ -95,13 +95,18 @@ def build(config, *, split: str, seed: int, process_index: int, process_count: i
 
     def make(indices: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         chosen = indices["text"]
-        chosen = chosen[batching.share(len(chosen), process_index, process_count, "config.ramp")]
-        source = np.searchsorted(starts, chosen, side="right") - 1
-        inside = zip(source, chosen - starts[source], strict=True)
-        picked = [tuple(array[row] for array in sources[s]) for s, row in inside]
-        return dict(zip(Windows._fields, map(np.stack, zip(*picked, strict=True)), strict=True))
+        whole = len(chosen)  # rows of the global batch
+        chosen = chosen[batching.share(whole, process_index, process_count, "config.batch_size")]
+        of = np.searchsorted(starts, chosen, side="right") - 1
+        shape = (len(chosen), config.data.length)
+        batch = {name: np.empty(shape, np.int32) for name in Windows._fields}
+        for number, source in enumerate(sources):
+            mine = of == number
+            for name, array in source._asdict().items():
+                batch[name][mine] = array[chosen[mine] - starts[number]]
+        return batch
 
-    parts = {"text": batching.in_batches(rows, config.batch_size, config.ramp)}
+    parts = {"text": batching.Batches(rows, config.batch_size, config.ramp)}
     dataset = batching.assemble(parts, make, seed=seed, prefetch=config.data.prefetch)
     return Pipeline(
         dataset, tokenizer, tokenizer.vocab_size, counts=dict(skipped), on_close=dataset.close

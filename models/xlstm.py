@@ -335,13 +335,13 @@ def rounded(net: XLSTM, params):
     """The parameters with every matrix in the type that it is multiplied in.
 
     The same numbers come out: each use would round it. A token then reads half the bytes of
-    float32 parameters. Gates and norms stay float32.
+    float32 parameters. Gates and norms stay float32. Not to be jitted: that would copy what stays.
     """
 
     def one(path, x):
         *_, owner, name = ("", *(key.key for key in path))
         matrix = name in ("embedding", "head") or (name == "kernel" and owner not in ("i", "f"))
-        return x.astype(net.dtype) if matrix else x
+        return x.astype(net.dtype) if matrix and x.dtype != net.dtype else x
 
     return jax.tree_util.tree_map_with_path(one, params)
 

@@ -5,6 +5,7 @@ every check for each of its implementations and shapes. Checks 6 and 7, what com
 op at a published size, differ too much between ops: `abstract_on` and `cost_of` help with them.
 """
 
+import abc
 import json
 import os
 import subprocess
@@ -46,7 +47,7 @@ def document_ids(shape, seed=3):
     return jnp.asarray(np.cumsum(changes, 1) % 2, jnp.int32)
 
 
-class SevenChecks:
+class SevenChecks(abc.ABC):
     """Subclass it as TestX. Shapes are (B, H, T, ..., chunk); tokens lie on axis 2 of every input.
 
     Tolerances are relative to the largest entry.
@@ -61,21 +62,21 @@ class SevenChecks:
 
     # ------------------------------------------------ what a subclass says
 
+    @abc.abstractmethod
     def inputs(self, shape, dtype=jnp.float32, seed=0) -> list:
         """Inputs of the op, those with a type of their own in float32."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def state(self, shape, dtype=jnp.float32) -> Any:
         """A state that is not empty."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def run(self, inputs, state, **options) -> tuple:
         """(output [B, H, T, V], last state); options: impl, chunk, segment_ids and the op's own."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(self, inputs, state) -> tuple:
         """(output of one token, state)."""
-        raise NotImplementedError
 
     def plain(self, state) -> tuple:
         """The state as arrays that do not depend on how it is represented."""
