@@ -32,16 +32,17 @@ def _shape(s, total: int) -> Callable:
     """step -> lr over peak, after the warm-up."""
     # The last update runs at step total - 1; `final` is reached there.
     last = max(total - 1, 1)
+    decay = min(s.decay, max(total - s.warmup, 0))
     match s.name:
         case "constant":
             return lambda step: jnp.ones_like(step)
         case "cosine":
-            end = total - s.decay if s.decay else last
+            end = total - decay if decay else last
 
             def cosine(step):
                 x = jnp.clip((step - s.warmup) / max(end - s.warmup, 1), 0.0, 1.0)
                 level = s.final + (1 - s.final) * 0.5 * (1 + jnp.cos(jnp.pi * x))
-                return level * _to_zero(step, total, s.decay)
+                return level * _to_zero(step, total, decay)
 
             return cosine
         case "wsd":
@@ -56,9 +57,9 @@ def _shape(s, total: int) -> Callable:
             def exp_linear(step):
                 # xLSTM-7B: from the peak at the warm-up's end to rate times it at rate_steps and
                 # on, then linearly to zero.
-                fallen = jnp.clip(step, s.warmup, max(total - s.decay, s.warmup)) - s.warmup
+                fallen = jnp.clip(step, s.warmup, max(total - decay, s.warmup)) - s.warmup
                 level = s.rate ** (fallen / (s.rate_steps - s.warmup))
-                return level * _to_zero(step, total, s.decay)
+                return level * _to_zero(step, total, decay)
 
             return exp_linear
         case "piecewise":

@@ -52,6 +52,34 @@ ptxas info    : Used 168 registers, used 16 barriers
     assert all((row["registers"], row["wgmma"], row["tma"]) == (168, 1, 1) for row in rows)
 
 
+def test_passes_over_an_array_are_counted():
+    """Layers of 8 x 4: a fusion in the loop reads an operand and a slice and writes a layer;
+    outside the stack of three is copied. Arrays of other sizes do not count."""
+    text = """HloModule m
+
+%fused (p: f32[3,8,4], u: f32[8,4]) -> f32[3,8,4] {
+  %p = f32[3,8,4]{2,1,0} parameter(0)
+  %u = f32[8,4]{1,0} parameter(1)
+  %other = f32[8,5]{1,0} parameter(2)
+  %s = f32[1,8,4]{2,1,0} dynamic-slice(%p, %i), dynamic_slice_sizes={1,8,4}
+  ROOT %d = f32[3,8,4]{2,1,0} dynamic-update-slice(%p, %u, %i)
+}
+
+%body (t: (f32[3,8,4])) -> (f32[3,8,4]) {
+  %f = f32[3,8,4]{2,1,0} fusion(%a, %b), kind=kLoop, calls=%fused
+}
+
+ENTRY %main (a: f32[3,8,4]) -> f32[3,8,4] {
+  %w = (f32[3,8,4]{2,1,0}) while(%t), condition=%cond, body=%body
+  ROOT %c = f32[3,8,4]{2,1,0} copy(%g)
+}
+"""
+    assert gpu_static.passes(text, 32, 3) == (3, 2)
+    alone = "ENTRY %main () -> f32[8,4] {\n  %k = f32[8,4] custom-call(%a), "
+    alone += "operand_layout_constraints={f32[8,4]{1,0}, f32[8]{0}}\n}"
+    assert sum(gpu_static.passes(alone, 32)) == 2
+
+
 def test_interleave_turns_the_order_round():
     calls = []
     cases = {name: lambda name=name: calls.append(name) for name in "abc"}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import static
 from kernels.errors import NotSupported
 from kernels.mlstm import State, empty_state, mlstm, mlstm_step
 from tests.kernels.seven_checks import SevenChecks, abstract_on, assert_close, document_ids
@@ -313,12 +314,9 @@ def test_the_states_document():
 
 def abstract_7b(topology, length=2048):
     """(array, (q, k, v, i, f), documents): abstract, on a device of the topology; its context."""
-    array, mesh = abstract_on(topology)
-    b, h, k, v = 1, 8, 256, 512
-    gates = [array(b, h, length, dtype=jnp.float32)] * 2
-    tokens = (b, h, length)
-    inputs = (array(*tokens, k), array(*tokens, k), array(*tokens, v), *gates)
-    return array, inputs, array(b, length, dtype=jnp.int32), mesh
+    device, mesh = abstract_on(topology)
+    array, inputs = static.mlstm_7b(device, length)
+    return array, inputs, array(1, length, dtype=jnp.int32), mesh
 
 
 def packed_loss(inputs, numbers):

@@ -64,6 +64,9 @@ def test_exp_linear():
     s = np.arange(3, 541)
     assert_close(found[3:541], 2.0 * 0.1 ** ((s - 3) / 497))
     assert_close(found[541:], 2.0 * 0.1 ** (537 / 497) * (550 - np.arange(541, 550)) / 10)
+    for name in ("exp_linear", "cosine"):  # a decay longer than what the warm-up leaves
+        short = lrs(steps=20, name=name, warmup=10, decay=30, rate_steps=500, final=0.1)
+        assert short[9] == short[10] == 2.0 and np.all(np.diff(short[10:]) < 0)
 
 
 def test_piecewise():
