@@ -20,8 +20,7 @@ from configs.runs import ablation
 
 CONFIG = "configs/xlstm.py"
 TEXT = (  # half a million parameters beside the tables: minutes for all seeds of a variant
-    "model.xlstm.width=128",
-    "model.xlstm.layers=2",
+    "model.xlstm.size=mini",
     "batch_size=8",
     "evaluation.windows=256",
     "steps=300",
@@ -53,7 +52,7 @@ def get_config(arg=""):
     if variant in ("bias", "caps"):
         groups = {f"bias={b}": (f"{model}input_bias={b}.0",) for b in (-10, -5, 0)}
         if variant == "caps":
-            groups = {"capped": (), "cap a million": (f"{model}gate_cap=1e6",)}
+            groups = {"capped": (), "cap a million": (f"{model}gate_cap=1000000.0",)}
         return ablation(CONFIG, groups, (*TEXT, "optimizer.lr=9e-3"), STEADY)
     fixed = f"{model}learn_input_gate=False"
     groups = {

@@ -79,6 +79,7 @@ SIZES = {
     "7b": XLSTMConfig(50_304, 4096, 32, 8),
     # For CPUs; the vocabulary comes with the data.
     "tiny": XLSTMConfig(4096, 192, 4, 4),
+    "mini": XLSTMConfig(4096, 128, 2, 4),
     "debug": XLSTMConfig(512, 64, 2, 2),
 }
 

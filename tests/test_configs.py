@@ -36,6 +36,8 @@ def test_every_variant_loads(name, variant):
         assert not isinstance(value, list), f"config.{key} is a list; flags need tuples"
     again = load_config(f"{name}:{variant}" if variant else name, "steps=7", seed=3)
     assert again.steps == 7 and again.seed == 3
+    for _, spec, overrides in config.runs:
+        load_config(spec, *overrides)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
