@@ -33,7 +33,7 @@ from benchmarks import common, cpu_peers
 from export.weights import save_safetensors, to_published
 from kernels.mlstm import xla
 from kernels.mlstm.api import mlstm
-from models import xlstm
+from models import language, xlstm
 
 # Largest difference allowed between the two sides, relative to an array's largest entry.
 TOLERANCE = 1e-3
@@ -158,12 +158,12 @@ class Ours:
         self.states: dict[tuple[int, int], Any] = {}
         self._value_and_grad = jax.jit(jax.value_and_grad(self._loss))
         self._step = jax.jit(self._train, donate_argnums=(0, 1))
-        self._prefill = jax.jit(functools.partial(xlstm.prefill, self.net))
+        self._prefill = jax.jit(functools.partial(language.prefill, self.net))
         self._decode = jax.jit(self._greedy)
 
     def _loss(self, params, batch):
-        norms = xlstm.norms(batch)
-        return xlstm.loss(self.net, params, {}, batch, None, step=0, norms=norms)[0]
+        norms = language.norms(batch)
+        return language.loss(self.net, params, {}, batch, None, step=0, norms=norms)[0]
 
     def _train(self, params, opt, batch):
         loss, grads = jax.value_and_grad(self._loss)(params, batch)
@@ -172,7 +172,7 @@ class Ours:
 
     def _greedy(self, params, token, state):
         def body(carry, _):
-            scores, state = xlstm.extend(self.net, params, *carry)
+            scores, state = language.extend(self.net, params, *carry)
             token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
             return (token, state), token
 

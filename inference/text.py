@@ -1,10 +1,10 @@
 """Text from any language model: prefill, then tokens in one compiled loop.
 
-A language model offers three functions: init_state(rows, max_len), prefill(params, tokens, length,
-state) -> (scores [b, V], state) and extend(params, token [b], state) -> (scores, state); what the
-state is, a cache or a memory, is its own business. Rows are ragged and do not depend on each other:
-each has its own key, and every token one folded from it, so neither the batch nor the stride at
-which tokens come back to the host changes what is written.
+A language model offers three functions (models/language.py): init_state(params, rows, max_len),
+prefill(params, tokens, length, state) -> (scores [b, V], state) and extend(params, token [b],
+state) -> (scores, state). Rows are ragged and do not depend on each other: each has its own key,
+and every token one folded from it, so neither the batch nor the stride at which tokens come back
+to the host changes what is written.
 """
 
 import functools
@@ -153,9 +153,9 @@ def generate(
         sampling.top_p < 1.0,
         sampling.repetition_penalty != 1.0,
     )
-    state = model.predict["init_state"](rows, width + sampling.max_new)
     if "rounded" in model.predict:
         params = model.predict["rounded"](params)
+    state = model.predict["init_state"](params, rows, width + sampling.max_new)
     carry = prefill(params, tokens, lengths, state)
     keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(rows))
     numbers = (sampling.temperature, sampling.top_p, sampling.repetition_penalty)

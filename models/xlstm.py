@@ -13,7 +13,6 @@ length. Documents packed in a row start afresh at every change of segment id, ex
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -24,10 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from export.weights import WeightMap, heads_in, heads_out, linear, plain
 from kernels.mlstm import State, empty_state, mlstm, mlstm_step
-from models import Model, sized
+from models import Model, language, sized
 from models.blocks.common import Linear, constrain, remat_block, scan_layers
 from models.blocks.decoder import GatedMlp
-from models.blocks.losses import chunked_cross_entropy, row_nll
 from models.blocks.norms import RMSNorm, layer_norm
 
 CLOSED, OPEN = -1e30, 1e30  # gates of a token that is not there: nothing written, nothing forgotten
@@ -212,6 +210,7 @@ class XLSTM(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     impl: str = "auto"
+    float32 = ("i", "f")  # gates
 
     def setup(self):
         cfg = self.cfg
@@ -227,12 +226,14 @@ class XLSTM(nn.Module):
         state: State | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
         valid: Bool[Array, "b t"] | None = None,
+        positions: Int[Array, "b t"] | None = None,
         *,
         keep_state: bool = False,
     ) -> tuple[Float[Array, "b t d"], State | None]:
         """Hidden states after the final norm, and every layer's state (layers first) if kept.
 
         state: of `init_state` or an earlier call; tokens where `valid` is False leave it as it is.
+        positions: not used, the cell knows the order.
         """
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
         x = constrain(x, "batch", "length", "act_embed")
@@ -259,6 +260,15 @@ class XLSTM(nn.Module):
         )
         return cap(scores, self.cfg.logit_cap)
 
+    def table(self) -> Float[Array, "v d"]:
+        """Output rows."""
+        return self.head
+
+    @property
+    def softcap(self) -> float | None:
+        """Cap of the scores."""
+        return self.cfg.logit_cap
+
     def text(self, tokens: Int[Array, "b t"], segment_ids=None) -> Float[Array, "b t v"]:
         """Logits; also the method that initialises every parameter."""
         return self.logits(self(tokens, None, segment_ids)[0])
@@ -268,83 +278,6 @@ def init_state(cfg: XLSTMConfig, rows: int, max_len: int = 0) -> State:
     """Empty state of all layers, on a leading axis; float32, whatever the text's length."""
     one = empty_state(rows, cfg.heads, cfg.dq, cfg.dv)
     return jax.tree.map(lambda x: jnp.zeros((cfg.layers, *x.shape), x.dtype), one)
-
-
-# ---------------------------------------------------------------- loss and generation
-
-
-def next_tokens(batch) -> tuple[Int[Array, "b t"], Float[Array, "b t"]]:
-    """(target, weight) of every position: the next token of the same document.
-
-    batch["scored"], where there is one, says at which positions the target counts.
-    """
-    tokens, segments = batch["tokens"], batch["segment_ids"]
-    after = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
-    weights = (segments == after) & (segments > 0)
-    if "scored" in batch:
-        weights &= batch["scored"] > 0
-    return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))), weights.astype(jnp.float32)
-
-
-def _apply(net: XLSTM, params, *args, method=None, **kwargs):
-    return net.apply({"params": params}, *args, method=method, **kwargs)
-
-
-def norms(batch) -> dict[str, Float[Array, ""]]:
-    """Targets of the whole batch."""
-    return {"text": jnp.maximum(next_tokens(batch)[1].sum(), 1.0)}
-
-
-def loss(net: XLSTM, params, extra, batch, rng, *, step, norms):
-    """Mean cross-entropy of the next token, nats; no array of logits."""
-    hidden, _ = _apply(net, params, batch["tokens"], None, batch["segment_ids"])
-    targets, weights = next_tokens(batch)
-    nll, correct = chunked_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]),
-        params["head"],
-        targets.reshape(-1),
-        weights.reshape(-1),
-        softcap=net.cfg.logit_cap,
-    )
-    total = nll / norms["text"]
-    return total, ({"loss": total, "accuracy": correct / norms["text"]}, extra)
-
-
-def text_nll(net: XLSTM, params, batch) -> dict[str, Float[Array, "b"]]:
-    """Sums per row over its targets: nll (nats), correct, count."""
-    hidden, _ = _apply(net, params, batch["tokens"], None, batch["segment_ids"])
-    targets, weights = next_tokens(batch)
-    return row_nll(hidden, params["head"], targets, weights, softcap=net.cfg.logit_cap)
-
-
-def prefill(net: XLSTM, params, tokens, length, state) -> tuple[Float[Array, "b v"], State]:
-    """(scores of the next token, state) after the first `length` of right-padded tokens [b, t]."""
-    valid = jnp.arange(tokens.shape[1]) < length[:, None]
-    hidden, state = _apply(net, params, tokens, state, None, valid, keep_state=True)
-    last = jnp.maximum(length - 1, 0)[:, None, None]
-    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-    return _apply(net, params, hidden, method="logits"), state
-
-
-def extend(net: XLSTM, params, token, state) -> tuple[Float[Array, "b v"], State]:
-    """(scores of the next token, state) after one more token [b]."""
-    hidden, state = _apply(net, params, token[:, None], state, keep_state=True)
-    return _apply(net, params, hidden[:, 0], method="logits"), state
-
-
-def rounded(net: XLSTM, params):
-    """The parameters with every matrix in the type that it is multiplied in.
-
-    The same numbers come out: each use would round it. A token then reads half the bytes of
-    float32 parameters. Gates and norms stay float32. Not to be jitted: that would copy what stays.
-    """
-
-    def one(path, x):
-        *_, owner, name = ("", *(key.key for key in path))
-        matrix = name in ("embedding", "head") or (name == "kernel" and owner not in ("i", "f"))
-        return x.astype(net.dtype) if matrix and x.dtype != net.dtype else x
-
-    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def weight_map(cfg: XLSTMConfig) -> WeightMap:
@@ -378,22 +311,6 @@ def _cell_names(cfg: XLSTMConfig, cell: str, stacked: dict) -> dict:
     return rules
 
 
-def predict(net: XLSTM) -> dict:
-    """What samplers, evaluators and exporters call."""
-
-    def logits(params, batch):
-        return _apply(net, params, batch["tokens"], batch.get("segment_ids"), method="text")
-
-    return {
-        "logits": logits,
-        "text_nll": functools.partial(text_nll, net),
-        "init_state": functools.partial(init_state, net.cfg),
-        "prefill": functools.partial(prefill, net),
-        "extend": functools.partial(extend, net),
-        "rounded": functools.partial(rounded, net),
-    }
-
-
 def build(config) -> Model:
     """The language model behind the seam of models/__init__.py."""
     cfg = sized(SIZES, config.model.xlstm, "model.xlstm")
@@ -401,22 +318,7 @@ def build(config) -> Model:
         cfg = dataclasses.replace(cfg, vocab_size=config.model.vocab_size)
     net = XLSTM(cfg, jnp.dtype(config.precision), config.remat)
 
-    def init(rng):
-        tokens = jnp.zeros((1, 2), jnp.int32)
-        return net.init(rng, tokens, method="text")["params"], {}
+    def start(params, rows, max_len):
+        return init_state(cfg, rows, max_len)
 
-    def ints(rows):
-        return jax.ShapeDtypeStruct((rows, config.data.length), jnp.int32)
-
-    sizes = {"text": config.batch_size} | {f"text_{rows}": rows for rows, _ in config.ramp}
-    keys = ("tokens", "segment_ids", "positions")
-    if config.data.name in ("recall", "needle"):
-        keys += ("scored",)
-    return Model(
-        init=init,
-        loss=functools.partial(loss, net),
-        norms=norms,
-        predict=predict(net),
-        batches={name: dict.fromkeys(keys, ints(rows)) for name, rows in sizes.items()},
-        weights=weight_map(cfg),
-    )
+    return language.model(config, net, start, weight_map(cfg))

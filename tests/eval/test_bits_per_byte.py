@@ -12,7 +12,7 @@ from configs.data import data_config
 from eval import bits_per_byte
 from eval.run import table
 from input_pipeline import text, tokenizers
-from models.xlstm import next_tokens
+from models.language import next_tokens
 
 WORDS = ("the", "snail", "is", "a", "small", "animal", "that", "carries", "its", "house")
 

@@ -28,7 +28,7 @@ def counting_model():
     def extend(params, token, state):
         return scores(token), dict(last=token, count=state["count"] + 1)
 
-    def init_state(rows, max_len):
+    def init_state(params, rows, max_len):
         return dict(last=jnp.zeros(rows, jnp.int32), count=jnp.zeros(rows, jnp.int32))
 
     return types.SimpleNamespace(
@@ -109,14 +109,15 @@ def test_repetition_penalty():
 
 def test_an_xlstm_writes_what_its_scores_say():
     """Greedy tokens are the argmax of one pass over prompt and answer; rows are ragged."""
-    from models import xlstm
+    from models import language, xlstm
 
     cfg = xlstm.SIZES["debug"]
     net = xlstm.XLSTM(cfg)
     tokens = jnp.zeros((1, 2), jnp.int32)
     params = nn.meta.unbox(net.init(jax.random.key(0), tokens, method="text")["params"])
     params["layers"]["mlstm"]["i"]["bias"] += 9.0
-    model = types.SimpleNamespace(predict=xlstm.predict(net))
+    start = lambda params, rows, max_len: xlstm.init_state(cfg, rows, max_len)  # noqa: E731
+    model = types.SimpleNamespace(predict=language.predict(net, start))
     prompts = [[1, 5, 9], [1], [1, 4, 4, 8, 100, 30, 7]]
     got = generate(model, params, prompts, jax.random.key(0), Sampling(max_new=8))
     for prompt, answer in zip(prompts, got):

@@ -12,7 +12,7 @@ import pytest
 
 from configs.common import load_config
 from export.weights import flatten, from_published, to_published
-from models import xlstm
+from models import language, xlstm
 from models.xlstm import SIZES, XLSTM, XLSTMConfig
 from tests.golden import recipes
 from training.schedules import make_schedule
@@ -144,13 +144,15 @@ def test_check_6_prefill_and_steps_equal_one_pass():
     logits = jax.jit(lambda t: net.apply({"params": params}, t, method="text"))(tokens)
     state = xlstm.init_state(net.cfg, 2)
     lengths = jnp.array([37, 37])
-    scores, state = xlstm.prefill(net, params, tokens[:, :37], lengths, state)
+    scores, state = language.prefill(net, params, tokens[:, :37], lengths, state)
     np.testing.assert_allclose(scores, logits[:, 36], atol=1e-5)
-    step = jax.jit(functools.partial(xlstm.extend, net, params))
+    step = jax.jit(functools.partial(language.extend, net, params))
     for t in range(37, 50):
         scores, state = step(tokens[:, t], state)
         np.testing.assert_allclose(scores, logits[:, t], atol=1e-5)
-    _, whole = xlstm.prefill(net, params, tokens, jnp.array([50, 50]), xlstm.init_state(net.cfg, 2))
+    _, whole = language.prefill(
+        net, params, tokens, jnp.array([50, 50]), xlstm.init_state(net.cfg, 2)
+    )
     scale = jnp.exp(state.m - whole.m)
     np.testing.assert_allclose(state.n * scale[..., None], whole.n, rtol=1e-4, atol=1e-5)
 
@@ -167,14 +169,14 @@ def test_check_6_equals_the_transformers_package():
     logits = jax.jit(lambda t: net.apply({"params": params}, t, method="text"))(ids)
     recipes.assert_close(logits, golden["logits"], 1e-5)
     lengths = jnp.full(2, 37)
-    scores, state = xlstm.prefill(net, params, ids[:, :37], lengths, xlstm.init_state(cfg, 2))
+    scores, state = language.prefill(net, params, ids[:, :37], lengths, xlstm.init_state(cfg, 2))
     for layer in range(2):
         C, n, m = (golden[f"{name}{layer}"].reshape(x[layer, :1].shape)
                    for name, x in zip("Cnm", state))  # fmt: skip
         shift = np.exp(m - state.m[layer, :1])  # the gauge is not the state's
         recipes.assert_close(state.C[layer, :1], C * shift[..., None, None], 1e-5)
         recipes.assert_close(state.n[layer, :1], n * shift[..., None], 1e-5)
-    step = jax.jit(functools.partial(xlstm.extend, net, params))
+    step = jax.jit(functools.partial(language.extend, net, params))
     for t, want in enumerate(golden["steps"].swapaxes(0, 1), 37):
         recipes.assert_close(scores, want, 1e-5)
         scores, state = step(ids[:, t], state)
@@ -184,7 +186,7 @@ def test_check_8_ragged_rows_equal_single_ones():
     net, params = net_and_params()
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 512, (3, 20)))
     lengths = jnp.array([20, 7, 1])
-    run = jax.jit(functools.partial(xlstm.prefill, net, params))
+    run = jax.jit(functools.partial(language.prefill, net, params))
     scores, state = run(tokens, lengths, xlstm.init_state(net.cfg, 3))
     for row, length in enumerate(lengths.tolist()):
         alone, own = run(
@@ -208,7 +210,7 @@ def test_check_8_packed_documents_equal_separate_rows():
     packed = dict(tokens=jnp.asarray(tokens), segment_ids=jnp.asarray(segments))
 
     def total(params, batches):
-        return sum(xlstm.text_nll(net, params, b)["nll"].sum() for b in batches)
+        return sum(language.text_nll(net, params, b)["nll"].sum() for b in batches)
 
     alone = [
         dict(tokens=jnp.asarray(tokens[:, a:b]), segment_ids=jnp.ones((1, b - a), jnp.int32))
@@ -233,8 +235,10 @@ def test_the_loss_is_the_mean_over_targets():
         tokens=jnp.asarray(rng.integers(0, 512, (2, 12))),
         segment_ids=jnp.asarray([[1] * 5 + [2] * 7, [1] * 8 + [0] * 4]),
     )
-    value, (metrics, _) = xlstm.loss(net, params, {}, batch, None, step=0, norms=xlstm.norms(batch))
-    sums = xlstm.text_nll(net, params, batch)
+    value, (metrics, _) = language.loss(
+        net, params, {}, batch, None, step=0, norms=language.norms(batch)
+    )
+    sums = language.text_nll(net, params, batch)
     assert sums["count"].sum() == 4 + 6 + 7
     np.testing.assert_allclose(value, sums["nll"].sum() / 17, rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], sums["correct"].sum() / 17, rtol=1e-5)
@@ -258,14 +262,14 @@ def test_rounded_parameters_give_the_same_scores():
     net, params = net_and_params()
     net = XLSTM(net.cfg, jnp.bfloat16)
     token, state = jnp.array([3, 4]), xlstm.init_state(net.cfg, 2)
-    once = xlstm.rounded(net, params)
+    once = language.rounded(net, params)
     kept = [x for x in jax.tree.leaves(once) if x.dtype == jnp.float32]
     assert sum(x.size for x in kept) < 0.05 * sum(x.size for x in jax.tree.leaves(once))
-    step = jax.jit(functools.partial(xlstm.extend, net))
+    step = jax.jit(functools.partial(language.extend, net))
     jax.tree.map(
         np.testing.assert_array_equal, step(once, token, state), step(params, token, state)
     )
-    again = xlstm.rounded(net, once)
+    again = language.rounded(net, once)
     assert all(a is b for a, b in zip(*map(jax.tree.leaves, (again, once))))  # nothing is copied
 
 
@@ -293,6 +297,6 @@ def test_check_13_a_step_has_no_length():
     net, params = net_and_params()
     short, long = (xlstm.init_state(net.cfg, 2, max_len) for max_len in (16, 9973))
     assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
-    step = jax.jit(functools.partial(xlstm.extend, net, params))
+    step = jax.jit(functools.partial(language.extend, net, params))
     text = step.lower(jnp.zeros(2, jnp.int32), long).compile().as_text()
     assert "9973" not in text and text.count("while(") == 1  # over the layers only
