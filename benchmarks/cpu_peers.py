@@ -152,7 +152,7 @@ def compare(args, peers: dict[str, Peer]) -> None:
 
     from benchmarks import common
     from export.weights import save_safetensors, to_published
-    from models.blocks import gemma_weights
+    from models.blocks import decoder_weights
 
     cfg, rows, length, prompts, prompt_length, new = sizes(args.tiny)
     rng = np.random.default_rng(0)
@@ -161,7 +161,7 @@ def compare(args, peers: dict[str, Peer]) -> None:
     ours = Ours(cfg, tokens, prompt, new, args.dtype)
     with tempfile.TemporaryDirectory() as folder:
         weights = str(Path(folder) / "weights.safetensors")
-        save_safetensors(weights, to_published(ours.params, gemma_weights.weight_map(cfg)))
+        save_safetensors(weights, to_published(ours.params, decoder_weights.weight_map(cfg)))
         built = {
             name: peer.ask(
                 "build", config=torch_config(cfg), weights=weights, tokens=tokens.tolist(),

@@ -63,10 +63,17 @@ def _xlstm(config):
     return xlstm.build(config)
 
 
+def _llama(config):
+    from models import llama
+
+    return llama.build(config)
+
+
 # Builders import lazily: a run pays only for the model it trains.
 MODELS: dict[str, Callable[..., Model]] = {
     "unifluid": _unifluid,
     "kl_vae": _kl_vae,
     "glyph_classifier": _glyph_classifier,
     "xlstm": _xlstm,
+    "llama": _llama,
 }

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from export.weights import WeightMap, compose, flat_map
 from models import Model, unifluid
-from models.blocks import diffusion_head_weights, gemma_weights, siglip_weights
+from models.blocks import decoder_weights, diffusion_head_weights, siglip_weights
 from models.blocks.decoder import init_cache
 from models.blocks.losses import row_nll
 from models.tokenizers import kl_vae, kl_vae_weights
@@ -115,7 +115,7 @@ def batch_spec(config, cfg: UniFluidConfig) -> dict[str, jax.ShapeDtypeStruct]:
 def weight_map(cfg: UniFluidConfig, params) -> WeightMap:
     """Gemma-2, SigLIP, MAR's VAE and diffusion head under their published names, the rest flat."""
     parts = {
-        "decoder": gemma_weights.weight_map(cfg.decoder),
+        "decoder": decoder_weights.weight_map(cfg.decoder),
         "vit": siglip_weights.weight_map(cfg.vit),
         "vae": (kl_vae_weights.weight_map(cfg.vae), "vae."),
         "head": diffusion_head_weights.weight_map("head."),

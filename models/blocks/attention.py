@@ -36,15 +36,23 @@ class Attention(nn.Module):
     scale: float | None = None  # None: head_dim^-1/2
     softcap: float | None = None
     window: int | None = None  # of a local layer; its cache is a ring
-    qk_norm: bool = False
+    qk_norm: str = ""  # head: RMSNorm of each head (Gemma 3); all: of the joined heads (OLMo 2)
     norm_eps: float = 1e-6
-    bias: bool = False
+    norm_offset: float = 1.0
+    bias: bool = False  # of all projections
+    qkv_bias: bool = False  # of those of q, k and v (Qwen 2)
     kernel_init: Callable | None = None
     impl: str = "auto"
 
     def _project(self, name, heads, axis, x):
         shape, axes = (heads, self.head_dim), ("embed", axis, "head_dim")
-        return Linear(shape, axes, self.dtype, 1, self.bias, self.kernel_init, name=name)(x)
+        bias = self.bias or self.qkv_bias
+        return Linear(shape, axes, self.dtype, 1, bias, self.kernel_init, name=name)(x)
+
+    def _norm(self, name, x):
+        joined = x.reshape(*x.shape[:2], -1) if self.qk_norm == "all" else x
+        norm = RMSNorm(self.norm_eps, offset=self.norm_offset, name=name)
+        return norm(joined).reshape(x.shape)
 
     @nn.compact
     def __call__(
@@ -63,8 +71,7 @@ class Attention(nn.Module):
         k = self._project("k", self.kv_heads, "kv_heads", source)
         v = self._project("v", self.kv_heads, "kv_heads", source)
         if self.qk_norm:
-            q = RMSNorm(self.norm_eps, name="q_norm")(q)
-            k = RMSNorm(self.norm_eps, name="k_norm")(k)
+            q, k = self._norm("q_norm", q), self._norm("k_norm", k)
         if rope is not None:
             q, k = apply_rope(q, rope[0]), apply_rope(k, rope[1])
         if cache is not None:

@@ -1,7 +1,8 @@
-"""Gemma 1, 2 and 3 decoders (building_blocks.md section 1): one config, one scanned layer stack.
+"""Transformer decoders: one config, one scanned layer stack.
 
-Differences between the generations are fields: post-norms and soft-caps (2), q/k norms and a
-second RoPE base (3), the pattern of local and global layers (2: alternating, 3: five to one).
+Differences between families are fields. Gemma 1, 2, 3 (building_blocks.md section 1; the defaults):
+post-norms and soft-caps (2), q/k norms and a second RoPE base (3), the pattern of local and global
+layers (2: alternating, 3: five to one). Llama 2, 3, Qwen 2, OLMo 2: models/llama.py.
 """
 
 import dataclasses
@@ -20,12 +21,14 @@ from models.blocks import kv_cache
 from models.blocks.attention import Attention, CacheUse
 from models.blocks.common import Linear, constrain, remat_block, scan_layers
 from models.blocks.norms import RMSNorm
-from models.blocks.rope import RopeTable, rope_table
+from models.blocks.rope import RopeBands, RopeTable, rope_table
+
+ACTIVATIONS = {"gelu_tanh": functools.partial(nn.gelu, approximate=True), "silu": nn.silu}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder; the published ones are in SIZES."""
+    """Sizes of a decoder; Gemma's published ones are in SIZES."""
 
     vocab_size: int
     width: int
@@ -39,18 +42,28 @@ class DecoderConfig:
     attn_softcap: float | None = None
     final_softcap: float | None = None
     query_scale: float | None = None  # None: head_dim^-1/2
+    pre_norms: bool = True
     post_norms: bool = False
-    qk_norm: bool = False
+    qk_norm: str = ""  # head | all (models/blocks/attention.py)
+    qkv_bias: bool = False
+    activation: str = "gelu_tanh"  # gelu_tanh | silu
     rope_theta: float = 10_000.0
     rope_theta_global: float | None = None  # None: rope_theta
     rope_scale_global: float = 1.0
+    rope_bands: RopeBands | None = None  # Llama 3.1's longer contexts
     norm_eps: float = 1e-6
+    norm_offset: float = 1.0  # Gemma's norms multiply by 1 + w; 0: by w
+    init_std: float | None = None  # of every matrix; None: fan-in, and D^-1/2 for the embedding
     embed_scale: bool = True
     tie: bool = True
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r}, allowed: {', '.join(ACTIVATIONS)}")
+        if self.qk_norm not in ("", "head", "all"):
+            raise ValueError(f"qk_norm={self.qk_norm!r}, allowed: '', head, all")
         if not self.pattern or set(self.pattern) - {"local", "global"}:
             raise ValueError(f"pattern={self.pattern}, allowed: a tuple of 'local' and 'global'")
 
@@ -64,6 +77,11 @@ class DecoderConfig:
         """Kinds of the layers left over behind the last whole pattern."""
         return self.pattern[: self.layers % len(self.pattern)]
 
+    @property
+    def kernel_init(self) -> Callable | None:
+        """Initialiser of every matrix, None for Linear's own."""
+        return nn.initializers.normal(self.init_std) if self.init_std else None
+
     def window_of(self, kind: str) -> int | None:
         """Window of a layer of this kind, None without one."""
         return self.window if kind == "local" and self.window else None
@@ -75,7 +93,7 @@ _GEMMA2 = dict(
 _GEMMA3 = dict(
     pattern=("local",) * 5 + ("global",),
     post_norms=True,
-    qk_norm=True,
+    qk_norm="head",
     rope_theta_global=1e6,
     head_dim=256,
 )
@@ -125,7 +143,7 @@ class GatedMlp(nn.Module):
 
     hidden: int
     dtype: Any = jnp.float32
-    activation: Callable = functools.partial(nn.gelu, approximate=True)
+    activation: Callable = ACTIVATIONS["gelu_tanh"]
     read_init: Callable | None = None  # of W_gate and W_up; None as in Linear
     write_init: Callable | None = None  # of W_down
 
@@ -153,8 +171,8 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "b t d"], shared: _Shared, cache, layer):
         cfg = self.cfg
 
-        def norm(name, y):
-            return RMSNorm(cfg.norm_eps, name=name)(y)
+        def norm(name, y, wanted):
+            return RMSNorm(cfg.norm_eps, offset=cfg.norm_offset, name=name)(y) if wanted else y
 
         attend = Attention(
             cfg.heads,
@@ -166,20 +184,25 @@ class Block(nn.Module):
             window=cfg.window_of(self.kind),
             qk_norm=cfg.qk_norm,
             norm_eps=cfg.norm_eps,
+            norm_offset=cfg.norm_offset,
+            qkv_bias=cfg.qkv_bias,
+            kernel_init=cfg.kernel_init,
             impl=self.impl,
             name="attn",
         )
         y, cache = attend(
-            norm("pre_attn_norm", x),
+            norm("pre_attn_norm", x, cfg.pre_norms),
             shared.mask,
             shared.rope[self.kind],
             cache=cache,
             layer=layer,
             use=shared.use,
         )
-        x = x + (norm("post_attn_norm", y) if cfg.post_norms else y)
-        y = GatedMlp(cfg.mlp, self.dtype, name="mlp")(norm("pre_mlp_norm", x))
-        x = x + (norm("post_mlp_norm", y) if cfg.post_norms else y)
+        x = x + norm("post_attn_norm", y, cfg.post_norms)
+        init = cfg.kernel_init
+        mlp = GatedMlp(cfg.mlp, self.dtype, ACTIVATIONS[cfg.activation], init, init, name="mlp")
+        y = mlp(norm("pre_mlp_norm", x, cfg.pre_norms))
+        x = x + norm("post_mlp_norm", y, cfg.post_norms)
         return constrain(x, "batch", "length", "act_embed"), cache
 
 
@@ -215,14 +238,13 @@ class Decoder(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        init = nn.with_logical_partitioning(
-            nn.initializers.normal(cfg.width**-0.5), ("vocab", "embed")
-        )
+        init = nn.initializers.normal(cfg.init_std or cfg.width**-0.5)
+        init = nn.with_logical_partitioning(init, ("vocab", "embed"))
         shape = (cfg.vocab_size, cfg.width)
         self.embedding = self.param("embedding", init, shape, jnp.float32)
         if not cfg.tie:
             self.head = self.param("head", init, shape, jnp.float32)
-        self.final_norm = RMSNorm(cfg.norm_eps)
+        self.final_norm = RMSNorm(cfg.norm_eps, offset=cfg.norm_offset)
 
     def table(self) -> Float[Array, "v d"]:
         """Output embedding in float32, what the chunked cross-entropy multiplies with."""
@@ -303,10 +325,10 @@ class Decoder(nn.Module):
         cfg = self.cfg
 
         def both(theta, scale=1.0):
-            table = rope_table(queries, cfg.head_dim, theta, scale)
+            table = rope_table(queries, cfg.head_dim, theta, scale, cfg.rope_bands)
             if keys is queries:
                 return table, table
-            return table, rope_table(keys, cfg.head_dim, theta, scale)
+            return table, rope_table(keys, cfg.head_dim, theta, scale, cfg.rope_bands)
 
         local = both(cfg.rope_theta)
         if cfg.rope_theta_global is None and cfg.rope_scale_global == 1.0:

@@ -13,7 +13,7 @@ import pytest
 
 from export.weights import from_published, to_published
 from kernels.attention import MaskSpec
-from models.blocks import gemma_weights
+from models.blocks import decoder_weights
 from models.blocks.decoder import SIZES, Decoder, DecoderConfig, init_cache
 from models.blocks.norms import rms_norm
 from models.blocks.rope import apply_rope, rope_table
@@ -31,7 +31,7 @@ TINY = {
     "gemma2": GEMMA2,
     "gemma3": DecoderConfig(
         vocab_size=48, width=12, layers=13, mlp=16, heads=2, kv_heads=1, head_dim=8, window=4,
-        pattern=("local",) * 5 + ("global",), query_scale=6**-0.5, post_norms=True, qk_norm=True,
+        pattern=("local",) * 5 + ("global",), query_scale=6**-0.5, post_norms=True, qk_norm="head",
         rope_theta_global=1e6, rope_scale_global=8.0,
     ),
 }  # fmt: skip
@@ -49,7 +49,7 @@ def load(name):
     weights = {key[2:]: file[key] for key in file if key.startswith("w:")}
     cfg = TINY[name]
     arrays = {key: jnp.asarray(file[key]) for key in file if not key.startswith("w:")}
-    params = from_published(weights, gemma_weights.weight_map(cfg), abstract(cfg))
+    params = from_published(weights, decoder_weights.weight_map(cfg), abstract(cfg))
     return arrays, weights, jax.tree.map(jnp.asarray, params)
 
 
@@ -94,7 +94,7 @@ def test_12_logits_equal_transformers(name):
 @pytest.mark.parametrize("name", TINY)
 def test_weights_leave_as_they_came(name):
     _, weights, params = load(name)
-    back = to_published(params, gemma_weights.weight_map(TINY[name]))
+    back = to_published(params, decoder_weights.weight_map(TINY[name]))
     assert back.keys() == weights.keys()
     for key, tensor in weights.items():
         np.testing.assert_array_equal(back[key], tensor.astype(np.float32), err_msg=key)
@@ -103,7 +103,7 @@ def test_weights_leave_as_they_came(name):
 @pytest.mark.parametrize("name", ["gemma2_2b", "gemma3_4b"])
 def test_every_leaf_of_a_published_size_has_a_name(name):
     cfg = SIZES[name]
-    table = gemma_weights.weight_map(cfg).names
+    table = decoder_weights.weight_map(cfg).names
     leaves = jax.tree_util.tree_leaves_with_path(abstract(cfg))
     paths = {"/".join(k.key for k in path) for path, _ in leaves}
     assert paths == set(table)
@@ -363,7 +363,7 @@ def test_untied_head_and_bad_configs():
     cfg = dataclasses.replace(GEMMA2, tie=False)
     params = abstract(cfg)
     assert params["head"].shape == (48, 24)
-    assert gemma_weights.weight_map(cfg).names["head"].name == "lm_head.weight"
+    assert decoder_weights.weight_map(cfg).names["head"].name == "lm_head.weight"
     with pytest.raises(ValueError, match="kv_heads=3"):
         dataclasses.replace(GEMMA2, kv_heads=3)
     with pytest.raises(ValueError, match="'local' and 'global'"):

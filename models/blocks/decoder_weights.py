@@ -1,4 +1,4 @@
-"""Names of Gemma 1, 2 and 3 checkpoints (Hugging Face layout) for models/blocks/decoder.py."""
+"""Names of Gemma, Llama, Qwen 2 and OLMo 2 checkpoints for models/blocks/decoder.py."""
 
 from export.weights import Rule, WeightMap, heads_in, heads_out, linear, plain
 from models.blocks.decoder import DecoderConfig
@@ -31,7 +31,7 @@ def weight_map(cfg: DecoderConfig) -> WeightMap:
 
 
 def _block(cfg: DecoderConfig, where: dict) -> dict[str, Rule]:
-    """Leaves of one layer. Gemma 1 publishes its pre-MLP norm as post_attention_layernorm."""
+    """Leaves of one layer. A lone pre-MLP norm is published as post_attention_layernorm."""
     layer = "model.layers.{layer}."
     attn, mlp = layer + "self_attn.", layer + "mlp."
     before_mlp = "pre_feedforward" if cfg.post_norms else "post_attention"
@@ -43,9 +43,13 @@ def _block(cfg: DecoderConfig, where: dict) -> dict[str, Rule]:
         "mlp/gate/kernel": linear(mlp + "gate_proj.weight", **where),
         "mlp/up/kernel": linear(mlp + "up_proj.weight", **where),
         "mlp/down/kernel": linear(mlp + "down_proj.weight", **where),
-        "pre_attn_norm/scale": plain(layer + "input_layernorm.weight", **where),
-        "pre_mlp_norm/scale": plain(layer + before_mlp + "_layernorm.weight", **where),
     }
+    if cfg.pre_norms:
+        rules["pre_attn_norm/scale"] = plain(layer + "input_layernorm.weight", **where)
+        rules["pre_mlp_norm/scale"] = plain(layer + before_mlp + "_layernorm.weight", **where)
+    if cfg.qkv_bias:
+        for name, heads in (("q", cfg.heads), ("k", cfg.kv_heads), ("v", cfg.kv_heads)):
+            rules[f"attn/{name}/bias"] = heads_in(f"{attn}{name}_proj.bias", heads, **where)
     if cfg.post_norms:
         rules["post_attn_norm/scale"] = plain(layer + "post_attention_layernorm.weight", **where)
         rules["post_mlp_norm/scale"] = plain(layer + "post_feedforward_layernorm.weight", **where)

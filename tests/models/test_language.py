@@ -1,0 +1,151 @@
+"""What every language model owes models/language.py: states, ragged and packed rows, rounding."""
+
+import dataclasses
+import functools
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inference.text import Sampling, generate
+from models import language, llama, xlstm
+
+V = 96
+
+
+def _xlstm():
+    cfg = dataclasses.replace(
+        xlstm.SIZES["debug"], vocab_size=V, input_bias=-1.0, head_norm_eps=1e-3
+    )
+    return xlstm.XLSTM(cfg), lambda params, rows, max_len: xlstm.init_state(cfg, rows)
+
+
+def _llama():
+    cfg = dataclasses.replace(llama.SIZES["debug"], vocab_size=V)
+    net = llama.Llama(cfg)
+    return net, lambda params, rows, max_len: llama.init_state(net, rows, max_len)
+
+
+MODELS = dict(xlstm=_xlstm, llama=_llama)
+
+
+@functools.cache
+def case(name):
+    """(net, params, init_state); no branch is hidden behind a zero."""
+    net, init_state = MODELS[name]()
+    params = nn.meta.unbox(language.init(net, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x + 0.05 * jnp.asarray(rng.normal(size=x.shape), x.dtype), params
+    )
+    return net, params, init_state
+
+
+def tokens_of(*shape):
+    return jnp.asarray(np.random.default_rng(1).integers(4, V, shape), jnp.int32)
+
+
+def text(net, params, tokens):
+    return jax.jit(lambda p, t: net.apply({"params": p}, t, method="text"))(params, tokens)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_and_steps_equal_one_pass(name):
+    net, params, init_state = case(name)
+    tokens = tokens_of(2, 40)
+    logits = text(net, params, tokens)
+    run = jax.jit(functools.partial(language.prefill, net))
+    step = jax.jit(functools.partial(language.extend, net))
+    for cut in (1, 3, 29):
+        state = init_state(params, 2, 40)
+        scores, state = run(params, tokens[:, :cut], jnp.full(2, cut), state)
+        for t in range(cut, 40):
+            np.testing.assert_allclose(scores, logits[:, t - 1], atol=2e-5)
+            scores, state = step(params, tokens[:, t], state)
+        np.testing.assert_allclose(scores, logits[:, -1], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ragged_rows_equal_single_ones(name):
+    """Prompts of four lengths, padded, then eight tokens each."""
+    net, params, init_state = case(name)
+    tokens, lengths = tokens_of(4, 20), jnp.array([20, 7, 1, 13])
+    run = jax.jit(functools.partial(language.prefill, net))
+    step = jax.jit(functools.partial(language.extend, net))
+    scores, state = run(params, tokens, lengths, init_state(params, 4, 28))
+    alone = []
+    for row, length in enumerate(lengths.tolist()):
+        one = tokens[row, None, :length]
+        alone.append(run(params, one, lengths[row, None], init_state(params, 1, 28)))
+    for k in range(8):
+        for row, (own, _) in enumerate(alone):
+            np.testing.assert_allclose(scores[row], own[0], atol=2e-5)
+        more = tokens[:, k]
+        scores, state = step(params, more, state)
+        alone = [step(params, more[r, None], own) for r, (_, own) in enumerate(alone)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_documents_equal_separate_rows(name):
+    """Losses and gradients of documents of 1, 9, 2 and 18 tokens in one row."""
+    net, params, _ = case(name)
+    ends = np.cumsum([0, 1, 9, 2, 18])
+    tokens = tokens_of(1, 30)
+    lengths = np.diff(ends)
+    packed = dict(
+        tokens=tokens,
+        segment_ids=jnp.asarray(np.repeat([1, 2, 3, 4], lengths)[None], jnp.int32),
+        positions=jnp.asarray(np.concatenate([np.arange(n) for n in lengths])[None], jnp.int32),
+    )
+    alone = [
+        dict(tokens=tokens[:, a:b], segment_ids=jnp.ones((1, b - a), jnp.int32))
+        for a, b in zip(ends, ends[1:])
+    ]
+
+    def total(params, batches):
+        return sum(language.text_nll(net, params, b)["nll"].sum() for b in batches)
+
+    graded = jax.jit(jax.value_and_grad(total))
+    (one, got), (two, want) = graded(params, [packed]), graded(params, alone)
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()) + 1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_token_sees_a_later_one(name):
+    net, params, _ = case(name)
+    tokens = tokens_of(1, 20)
+    changed = tokens.at[0, 12].set((tokens[0, 12] + 7) % V)
+    one, two = text(net, params, tokens), text(net, params, changed)
+    np.testing.assert_array_equal(one[:, :12], two[:, :12])
+    assert (one[:, 12:] != two[:, 12:]).any(-1).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rounded_parameters_give_the_same_scores(name):
+    """bfloat16: rounding every matrix once or at every use is the same, bit for bit."""
+    net, params, init_state = case(name)
+    net = net.clone(dtype=jnp.bfloat16)
+    once = language.rounded(net, params)
+    assert {x.dtype for x in jax.tree.leaves(once)} == {jnp.float32.dtype, jnp.bfloat16.dtype}
+    step = jax.jit(functools.partial(language.extend, net))
+    token, state = jnp.array([3, 4]), init_state(params, 2, 4)
+    jax.tree.map(
+        np.testing.assert_array_equal, step(once, token, state), step(params, token, state)
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_writes_what_its_scores_say(name):
+    """Greedy tokens are the argmax of one pass over prompt and answer."""
+    net, params, init_state = case(name)
+    model = types.SimpleNamespace(predict=language.predict(net, init_state))
+    prompts = [[1, 5, 9], [1], [1, 4, 4, 8, 90, 30, 7]]
+    got = generate(model, params, prompts, jax.random.key(0), Sampling(max_new=8))
+    for prompt, answer in zip(prompts, got):
+        best = text(net, params, jnp.asarray([prompt + answer]))[0].argmax(-1)
+        assert answer and best[len(prompt) - 1 : -1].tolist() == answer
