@@ -8,13 +8,49 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """--tokens, --out, and what the child process is asked for."""
+class Program(NamedTuple):
+    """Something to compile."""
+
+    function: Callable
+    arrays: Sequence[Any]  # abstract
+
+
+class TpuKernel(NamedTuple):
+    """A Pallas kernel as it is found in the compiler's dump and in the program."""
+
+    name: str
+    steps: int  # of its grid
+
+
+class TpuOp(NamedTuple):
+    """What tpu_static compiles of one op."""
+
+    columns: Mapping[str, Any]  # of every kernel's row
+    kernels: Mapping[str, TpuKernel]  # all of them are in the last program
+    programs: Mapping[str, Program]  # the op with its kernels, fusions around them included
+    uses: Mapping[str, Sequence[str]]  # kernels of each program
+    xla: Mapping[str, Mapping[int, Program]]  # the same in plain XLA, for every chunk to try
+
+
+class GpuProgram(NamedTuple):
+    """What gpu_static compiles in one process."""
+
+    function: Callable
+    arrays: Sequence[Any]  # abstract
+    kernels: Sequence[str]  # sorted; `op_` in front of each in the PTX
+    columns: Mapping[str, Any]  # the whole program's limits
+    temporaries: bool = True  # whether their size is reported
+
+
+def parser(doc: str, ops: Iterable[str]) -> argparse.ArgumentParser:
+    """--op, --tokens, --out, and what the child process is asked for."""
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made.add_argument("--op", default=",".join(ops), help="a list; --out keeps the others' rows")
     made.add_argument("--tokens", type=int, default=8192)
     made.add_argument("--out", default="")
     made.add_argument("--one", default="", help=argparse.SUPPRESS)
@@ -22,12 +58,30 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def report(rows: Sequence[Mapping], command: str, out: str) -> None:
-    """One JSON line a row, and all of them with their command in a file."""
+    """One JSON line a row, and all of them with their command in a file; rows of ops that did not
+    run stay there. The command is the one for all ops."""
     for row in rows:
         print(json.dumps(row))
-    if out:
-        Path(out).write_text(json.dumps({"command": command, "rows": list(rows)}, indent=1) + "\n")
-        print(f"written to {out}")
+    if not out:
+        return
+    path, ran = Path(out), {row["op"] for row in rows}
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in before if row["op"] not in ran] + list(rows)
+    rows.sort(key=lambda row: row["op"])
+    path.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+    print(f"written to {out}")
+
+
+def compile_gpu(topology, device, function: Callable, *inputs, donate=()):
+    """A program compiled for a GPU that is described, not attached."""
+    import jax
+
+    from training import topology as topologies
+
+    with jax.set_mesh(jax.sharding.Mesh([device], ("data",))):
+        traced = jax.jit(function, donate_argnums=donate).trace(*inputs)
+        lowered = traced.lower(lowering_platforms=("cuda",))
+        return lowered.compile(topologies.compiler_options(topology))
 
 
 def child(module: str, topology: str, flags: Sequence[str], env: Mapping[str, str]) -> str:

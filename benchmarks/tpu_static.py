@@ -6,15 +6,16 @@ For every kernel, shape and chip: VLIW bundles of one grid step (a bundle is a c
 how much of the matrix, vector and other slots they use, registers spilt and filled, and from these
 a lower bound of the time (the larger of bundles and bytes) beside the roofline's (FLOPs over the
 chip's peak, bytes over its memory bandwidth). Then the whole op, fusions around the kernels
-included, beside the compiler's own estimate for the XLA formulation. The figures do not depend on
-the machine's load. Needs the extra `aot`; two minutes a chip on two cores.
+included, beside the compiler's own estimate for the XLA formulation. What is compiled of each op
+says benchmarks/static_ops. The figures do not depend on the machine's load. Needs the extra `aot`;
+two minutes a chip and op on two cores.
 """
 
 import json
 import tempfile
 from pathlib import Path
 
-from benchmarks import static
+from benchmarks import static, static_ops
 
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 SLOTS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL")
@@ -27,9 +28,9 @@ CORES = {"v5p": 2}
 
 def arguments(argv=None):
     """Command line of this benchmark."""
-    parser = static.parser(__doc__)
+    parser = static.parser(__doc__, static_ops.TPU)
     parser.add_argument("--topology", default=",".join(CHIPS))
-    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--chunk", type=int, default=0, help="0: each op's own")
     return parser.parse_args(argv)
 
 
@@ -37,65 +38,55 @@ def main(argv=None) -> None:
     """Compiles each chip's kernels in a process of its own."""
     args = arguments(argv)
     if args.one:
-        print(json.dumps(one(args.topology, args.one, args.chunk, args.tokens)))
+        print(json.dumps(one(args)))
         return
-    rows = [row for name in args.topology.split(",") for row in _process(name, args)]
-    command = f"python -m benchmarks.tpu_static --chunk={args.chunk} --tokens={args.tokens}"
+    names = [(op, chip) for op in args.op.split(",") for chip in args.topology.split(",")]
+    rows = [row for op, chip in names for row in _process(op, chip, args)]
+    chunk = f" --chunk={args.chunk}" if args.chunk else ""
+    command = f"python -m benchmarks.tpu_static{chunk} --tokens={args.tokens}"
     static.report(rows, command, args.out)
 
 
-def _process(name: str, args) -> list[dict]:
+def _process(op: str, chip: str, args) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        flags = [f"--one={folder}", f"--topology={name}"]
+        flags = [f"--one={folder}", f"--op={op}", f"--topology={chip}"]
         flags += [f"--chunk={args.chunk}", f"--tokens={args.tokens}"]
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        printed = static.child("benchmarks.tpu_static", name, flags, {"LIBTPU_INIT_ARGS": dump})
+        printed = static.child("benchmarks.tpu_static", chip, flags, {"LIBTPU_INIT_ARGS": dump})
         return json.loads(printed.splitlines()[-1])
 
 
-def one(name: str, folder: str, chunk: int, tokens: int) -> list[dict]:
-    """Rows of one chip."""
+def one(args) -> list[dict]:
+    """Rows of one op on one chip."""
     import jax
-    import jax.numpy as jnp
 
-    from kernels.mlstm import mlstm
     from training import hlo, topology
 
-    where = topology.parse(name)
-    array, inputs = static.mlstm_7b(topology.devices(where)[0], tokens)
-    b, h, t, _ = inputs[0].shape
+    where = topology.parse(args.topology)
+    op = static_ops.TPU[args.op](where, topology.devices(where)[0], args)
+    label = dict(op=args.op)
 
-    def forward(impl, size):
-        return lambda *x: mlstm(*x, impl=impl, chunk=size)[0]
+    def compiled(program):
+        text = jax.jit(program.function).lower(*program.arrays).compile().as_text()
+        return hlo.analyse(text, 1)
 
-    def gradient(impl, size):
-        # Of a weighted sum, so that the gradient of h is an array as in a model.
-        def total(weight, *x):
-            return (mlstm(*x, impl=impl, chunk=size)[0].astype(jnp.float32) * weight).sum()
-
-        return jax.grad(total, argnums=(1, 2, 3, 4, 5))
-
-    def program(function, *arrays):
-        return hlo.analyse(jax.jit(function).lower(*arrays).compile().as_text(), 1)
-
-    weighted = (array(*inputs[2].shape), *inputs)
-    alone, both = (
-        program(forward("tpu", chunk), *inputs),
-        program(gradient("tpu", chunk), *weighted),
-    )
+    programs = {what: compiled(program) for what, program in op.programs.items()}
     # The XLA formulation at the chunk that its own estimate likes best.
-    sizes = (64, 128, 256)
-    xla_forward = {n: program(forward("xla", n), *inputs).cycles for n in sizes}
-    xla_both = {n: program(gradient("xla", n), *weighted).cycles for n in sizes}
-    steps, chip = b * h * t // chunk, where.chip
-    found = []
-    for kernel in ("forward", "states", "backward"):
-        schedule = read(folder, f"mlstm_{kernel}")
-        (work,) = (x for x in both.kernels if f"mlstm_{kernel}" in x.name)
+    xla = {
+        what: {chunk: compiled(program).cycles for chunk, program in each.items()}
+        for what, each in op.xla.items()
+    }
+    cores, chip = CORES.get(where.kind, 1), where.chip
+    found, times = [], {}
+    for row, kernel in op.kernels.items():
+        schedule = read(args.one, kernel.name)
+        (work,) = (x for x in [*programs.values()][-1].kernels if kernel.name in x.name)
         matrix, memory = work.flops / chip.peak, work.moved / chip.hbm_rate
-        seconds = steps * schedule["bundles"] / chip.clock / CORES.get(where.kind, 1)
+        seconds = kernel.steps * schedule["bundles"] / chip.clock / cores
+        times[row] = _round(max(seconds, memory) * 1e3)
         found.append(
-            dict(op="mlstm", kernel=kernel, chip=where.kind, chunk=chunk, grid_steps=steps)
+            label
+            | dict(kernel=row, chip=where.kind, **op.columns, grid_steps=kernel.steps)
             | schedule
             | {
                 "ms_bundles": _round(seconds * 1e3),
@@ -104,20 +95,18 @@ def one(name: str, folder: str, chunk: int, tokens: int) -> list[dict]:
                 "over_bound": _round(max(seconds, memory) / max(matrix, memory)),
             }
         )
-    times = [max(row["ms_bundles"], row["ms_memory"]) for row in found]
     # XLA's fusions, around the kernels as well, are taken to use both cores too; its estimate does
     # not say.
-    rate = 1e-3 * chip.clock * CORES.get(where.kind, 1)
-    for what, kernels, around, theirs in (
-        ("forward", times[0], alone.cycles / rate, xla_forward),
-        ("forward + backward", sum(times), both.cycles / rate, xla_both),
-    ):
-        best = min(theirs, key=theirs.get)
-        ours, xla = kernels + around, theirs[best] / rate
+    rate = 1e-3 * chip.clock * cores
+    for what, program in programs.items():
+        kernels, around = sum(times[row] for row in op.uses[what]), program.cycles / rate
+        best = min(xla[what], key=xla[what].get)
+        theirs = xla[what][best] / rate
         found.append(
-            dict(op="mlstm", compare=what, chip=where.kind, tokens=t, ms_kernels=_round(kernels))
-            | {"ms_around": _round(around), "ms_xla": _round(xla), "xla_chunk": best}
-            | {"ratio": _round(xla / ours)}
+            label
+            | dict(compare=what, chip=where.kind, tokens=args.tokens, ms_kernels=_round(kernels))
+            | {"ms_around": _round(around), "ms_xla": _round(theirs), "xla_chunk": best}
+            | {"ratio": _round(theirs / (kernels + around))}
         )
     return found
 

@@ -45,7 +45,8 @@ ptxas info    : Function properties for mlstm_{name}_mosaic_gpu_kernel
 ptxas info    : Used 168 registers, used 16 barriers
 """
     text = kernel.format(name="sweep", target="$L1", spilt=4)
-    rows = gpu_static.kernels(text + kernel.format(name="product", target="$L2", spilt=8))
+    text += kernel.format(name="product", target="$L2", spilt=8)
+    rows = gpu_static.kernels(text, "mlstm")
     assert [row["kernel"] for row in rows] == ["sweep", "product"]
     assert [row["spill_stores"] for row in rows] == [4, 8]
     assert [row["spills_in_loops"] for row in rows] == [True, False]

@@ -1,0 +1,15 @@
+"""What each op contributes to tpu_static and gpu_static: one module per op, named here.
+
+    TPU[op](topology, device, args) -> static.TpuOp         which programs, which kernels in them
+    GPU[op][program](topology, device, args) -> static.GpuProgram
+    GPU_ROWS[op](topology, device, args) -> [row]           further rows, where an op has some
+
+A builder runs in the child process of its program, with the compilers of its topology; `device` is
+described, not attached; `args` are the command line's.
+"""
+
+from benchmarks.static_ops import mlstm
+
+TPU = {"mlstm": mlstm.tpu}
+GPU = {"mlstm": mlstm.GPU}
+GPU_ROWS = {"mlstm": mlstm.gpu_rows}
