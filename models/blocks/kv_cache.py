@@ -1,7 +1,9 @@
 """Key/value cache: arrays [n, B, G, S, K] for n stacked layers, rows right-padded and ragged.
 
 Token p of a row sits in slot p, or in slot p mod S where S = window slots serve a local layer
-(a ring). What a slot holds follows from the row's newest position alone, so nothing else is kept.
+(a ring). A ring may have `pinned` slots in front that keep the first tokens (Hymba's meta tokens):
+token p then sits in slot p, or in slot pinned + (p - pinned) mod (S - pinned) behind them. What a
+slot holds follows from the row's newest position alone, so nothing else is kept.
 Heads come before slots because that is how a decoding step multiplies them: no transposed copy.
 """
 
@@ -27,11 +29,16 @@ class KVCache(NamedTuple):
         return self.k.shape[3]
 
 
-def empty(layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype) -> KVCache:
-    """Zeroed cache, sharded like the activations it will hold."""
-    zeros = jnp.zeros((layers, batch, heads, slots, head_dim), dtype)
-    zeros = constrain(zeros, None, "batch", "act_kv_heads", None, None)
-    return KVCache(zeros, zeros)
+def empty(
+    layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype, value_dim: int = 0
+) -> KVCache:
+    """Zeroed cache, sharded like the activations it will hold; value_dim: 0 = head_dim."""
+
+    def zeros(dim):
+        made = jnp.zeros((layers, batch, heads, slots, dim), dtype)
+        return constrain(made, None, "batch", "act_kv_heads", None, None)
+
+    return KVCache(zeros(head_dim), zeros(value_dim or head_dim))
 
 
 def read(cache: KVCache, layer) -> tuple[Float[Array, "b s g k"], Float[Array, "b s g v"]]:
@@ -40,10 +47,21 @@ def read(cache: KVCache, layer) -> tuple[Float[Array, "b s g k"], Float[Array, "
     return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
 
-def write_prompt(cache: KVCache, layer, k, v, lengths: Int[Array, "b"] | None) -> KVCache:
+def _held(slots: int, newest: Int[Array, "b 1"], pinned: int) -> Int[Array, "b s"]:
+    """Position that each slot of a ring holds; below 0, or `pinned` for later slots: none yet."""
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    if not pinned:
+        return newest - (newest - slot) % slots
+    behind = newest - (newest - slot) % (slots - pinned)  # slot and position differ by whole turns
+    return jnp.where(slot < pinned, slot, behind)
+
+
+def write_prompt(
+    cache: KVCache, layer, k, v, lengths: Int[Array, "b"] | None, pinned: int = 0
+) -> KVCache:
     """Stores positions 0..T-1 of right-padded rows; pads may land in slots nobody reads yet.
 
-    A prompt longer than the ring keeps each row's last S real tokens, hence needs lengths.
+    A prompt longer than the ring keeps each row's pinned and last real tokens: it needs lengths.
     """
     slots, tokens = cache.slots, k.shape[1]
     if tokens > slots:
@@ -51,8 +69,7 @@ def write_prompt(cache: KVCache, layer, k, v, lengths: Int[Array, "b"] | None) -
             raise ValueError(
                 f"a prompt of {tokens} tokens into {slots} cache slots needs lengths=[B]"
             )
-        last = lengths[:, None] - 1
-        source = last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
+        source = _held(slots, lengths[:, None] - 1, pinned)
         source = jnp.maximum(source, 0)[..., None, None]
         k, v = (jnp.take_along_axis(x, source, axis=1) for x in (k, v))
     start = (layer, 0, 0, 0, 0)
@@ -66,12 +83,17 @@ def write_prompt(cache: KVCache, layer, k, v, lengths: Int[Array, "b"] | None) -
     )
 
 
-def write_tokens(cache: KVCache, layer, k, v, positions: Int[Array, "b t"], ring: bool) -> KVCache:
+def write_tokens(
+    cache: KVCache, layer, k, v, positions: Int[Array, "b t"], ring: bool, pinned: int = 0
+) -> KVCache:
     """Stores T tokens of each row at that row's own positions, in place inside a scan's carry.
 
     A position past the end of a full cache is dropped.
     """
-    slots = positions % cache.slots if ring else positions
+    slots = positions
+    if ring:
+        turned = pinned + (positions - pinned) % (cache.slots - pinned)
+        slots = jnp.where(positions < pinned, positions, turned) if pinned else turned
     where = jnp.stack([jnp.full_like(slots, layer), slots], axis=-1)
 
     def store(old, new):
@@ -94,10 +116,12 @@ def write_tokens(cache: KVCache, layer, k, v, positions: Int[Array, "b t"], ring
     return KVCache(store(cache.k, k), store(cache.v, v))
 
 
-def mask_after_write(slots: int, positions: Int[Array, "b t"], ring: bool) -> MaskSpec:
-    """Keys at positions <= the query's; a ring slot s holds newest - (newest - s) mod S."""
+def mask_after_write(
+    slots: int, positions: Int[Array, "b t"], ring: bool, pinned: int = 0
+) -> MaskSpec:
+    """Keys at positions <= the query's; which they are in a ring follows from the newest one."""
     if not ring:
         return MaskSpec(q_positions=positions)
-    newest = positions[:, -1:]
-    held = newest - (newest - jnp.arange(slots, dtype=jnp.int32)) % slots
-    return MaskSpec(q_positions=positions, kv_positions=held, kv_valid=held >= 0)
+    held = _held(slots, positions[:, -1:], pinned)
+    first = jnp.where(jnp.arange(slots) < pinned, 0, pinned) if pinned else 0
+    return MaskSpec(q_positions=positions, kv_positions=held, kv_valid=held >= first)
