@@ -31,7 +31,7 @@ import optax
 
 from benchmarks import common, cpu_peers
 from export.weights import save_safetensors, to_published
-from kernels.mlstm import xla
+from kernels.linear_attention import xla
 from kernels.mlstm.api import mlstm
 from models import language, xlstm
 

@@ -1,20 +1,26 @@
-"""mlstm() and mlstm_step(): one call, several implementations, chosen by platform and shape."""
+"""mlstm() and mlstm_step(): one call, several implementations, chosen by platform and shape.
+
+All but the reference are gated linear attention in chunks (kernels/linear_attention) with an input
+gate and a normaliser.
+"""
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch, shard
-from kernels.mlstm import context, ref, tpu, tpu_step, xla
-from kernels.mlstm.ref import EPS, State, empty_state
+from kernels.linear_attention import Form, State, context, tpu, xla
+from kernels.mlstm import ref, tpu_step
+from kernels.mlstm.ref import EPS, empty_state
 
 
 def _on_gpu(*args, **options):
     # Imported when used: Mosaic GPU is not part of every jaxlib.
-    from kernels.mlstm import gpu
+    from kernels.linear_attention import gpu
 
-    return gpu.mlstm(*args, **options)
+    return gpu.linear_attention(*args, **options)
 
 
 def _step_on_gpu(*args, **options):
@@ -23,13 +29,32 @@ def _step_on_gpu(*args, **options):
     return gpu_step.step(*args, **options)
 
 
+def _chunked(linear_attention, interpret=False):
+    """The reference's function from an implementation in chunks.
+
+    chunk: tokens of one. official_backward: see kernels/linear_attention/xla.py.
+    """
+
+    def run(q, k, v, i, f, state, documents, *, eps=EPS, chunk=None, official_backward=False):
+        form = Form("mlstm", q.shape[-1] ** -0.5, eps, official_backward)
+        gates = i.astype(state.C.dtype), _log_forget(f, state)
+        options = dict(interpret=True) if interpret else {}
+        return linear_attention(form, q, k, v, *gates, state, documents, chunk=chunk, **options)
+
+    return run
+
+
+def _log_forget(f, state):
+    return jax.nn.log_sigmoid(f.astype(state.C.dtype))
+
+
 IMPLEMENTATIONS = {
     "ref": ref.mlstm,
-    "xla": xla.mlstm,
-    "tpu": tpu.mlstm,
-    "tpu_interpret": functools.partial(tpu.mlstm, interpret=True),  # on the CPU, for tests
-    "gpu": _on_gpu,
-    "gpu_interpret": functools.partial(_on_gpu, interpret=True),
+    "xla": _chunked(xla.linear_attention),
+    "tpu": _chunked(tpu.linear_attention),
+    "tpu_interpret": _chunked(tpu.linear_attention, interpret=True),  # on the CPU, for tests
+    "gpu": _chunked(_on_gpu),
+    "gpu_interpret": _chunked(_on_gpu, interpret=True),
 }
 STEPS = {
     "ref": ref.step,
@@ -63,7 +88,7 @@ def mlstm(
     segment_ids: documents packed in a row; where the id changes the state starts afresh, exactly.
     `state` continues the document `state_segment`, by default that of the first token.
     Masked tokens: i = -1e30 and f = 1e30 leave the state untouched, exactly.
-    chunk, official_backward: of the chunked implementations; see kernels/mlstm/xla.py.
+    chunk, official_backward: of the chunked implementations; see kernels/linear_attention/xla.py.
     """
     _check(q, k, v, i, f)
     rows, heads, _, width = q.shape
@@ -92,9 +117,12 @@ def _on_mesh(run, q, k, v, i, f, state, documents):
         names, inputs = names[:-1], inputs[:-1]
 
     def part(q, k, v, i, f, state, documents=None):
-        if seq:
-            return context.along(seq, run, q, k, v, i, f, state, documents)
-        return run(q, k, v, i, f, state, documents)
+        if not seq:
+            return run(q, k, v, i, f, state, documents)
+        wide = i.astype(state.C.dtype), _log_forget(f, state)
+        state, last, documents = context.states(seq, k, v, *wide, state, documents)
+        h, _ = run(q, k, v, i, f, state, documents)
+        return h, last
 
     return shard.call(part, inputs, names, (v, state), (names[2], memory))
 

@@ -21,9 +21,10 @@ from jaxtyping import Array, Float
 
 from kernels import dispatch
 from kernels.errors import NotSupported
-from kernels.mlstm.blocks import merge
-from kernels.mlstm.gpu import HOPPER
-from kernels.mlstm.ref import EPS, State
+from kernels.linear_attention import State
+from kernels.linear_attention.blocks import merge
+from kernels.linear_attention.gpu import HOPPER
+from kernels.mlstm.ref import EPS
 
 COLUMNS = 32  # of a slab: a row of it is one line of the cache, 128 bytes
 ROWS = 16  # of a slab that 128 threads hold with 4 numbers each

@@ -9,21 +9,13 @@ m only keeps the exponentials in range: (C, n, m) and (C e^c, n e^c, m - c) are 
 A document starts afresh where its number changes: F = 0 there and m_t = i_t.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels.linear_attention import State
+
 EPS = 1e-6
-
-
-class State(NamedTuple):
-    """Memory, normaliser and gauge of every row and head; float32 (float64 of float64 inputs)."""
-
-    C: Float[Array, "b h k v"]
-    n: Float[Array, "b h k"]
-    m: Float[Array, "b h"]
 
 
 def empty_state(rows: int, heads: int, k: int, v: int, dtype=jnp.float32) -> State:

@@ -9,8 +9,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from kernels.errors import NotSupported
-from kernels.mlstm.blocks import LANES
-from kernels.mlstm.ref import EPS, State
+from kernels.linear_attention import State
+from kernels.linear_attention.blocks import LANES
+from kernels.mlstm.ref import EPS
 
 KEEP, WRITE, BOUND = range(3)  # numbers of a head, in the first lanes of a row
 

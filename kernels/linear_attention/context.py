@@ -1,4 +1,4 @@
-"""The mLSTM along a row that several devices share (context parallel).
+"""A row that several devices share (context parallel).
 
 The memory that a device's tokens leave behind is one weighted product over them,
 
@@ -13,15 +13,14 @@ Then the usual call, on each device's own tokens. Gradients are autodiff of thes
 call's own: exact, since the call's reach its first state. K V numbers per head travel, once.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.mlstm.ref import State
-from kernels.mlstm.xla import dot
+from kernels.linear_attention.form import State
+from kernels.linear_attention.xla import dot, group
 
 
 class Summary(NamedTuple):
@@ -29,21 +28,26 @@ class Summary(NamedTuple):
 
     G: Float[Array, "b h"]
     C: Float[Array, "b h k v"]
-    n: Float[Array, "b h k"]
+    n: Float[Array, "b h k"] | None
     m: Float[Array, "b h"]
 
 
-def summarise(k, v, i, log_f, documents: Int[Array, "b t"], before: Int[Array, "b"]) -> Summary:
+def summarise(
+    k, v, i, log_f, documents: Int[Array, "b t"], before: Int[Array, "b"], normalised: bool
+) -> Summary:
     """Summary of a row's part; `before` is the document of the state that it would continue."""
-    after = jnp.cumsum(log_f[..., ::-1], axis=-1)[..., ::-1] - log_f
+    later = jnp.cumsum(log_f[..., :0:-1], axis=-1)[..., ::-1]
+    after = jnp.pad(later, ((0, 0), (0, 0), (0, 1)))
     lasting = (documents == documents[:, -1:])[:, None]
-    A = jnp.where(lasting, after + i, -jnp.inf)
-    m = jax.lax.stop_gradient(A.max(-1))  # a gauge
+    A = jnp.where(lasting, after if i is None else after + i, -jnp.inf)
+    m = jax.lax.stop_gradient(A.max(-1))  # a gauge; 0 without an input gate
     weights = jnp.where(lasting, jnp.exp(jnp.where(lasting, A - m[..., None], 0.0)), 0.0)
-    written = weights[..., None] * k.astype(weights.dtype)
-    C = dot("bhtk,bhtv->bhkv", written, v)
+    weights, v = group((weights, v), k.shape[1])
+    C = dot("bgtk,bgrtv->bgrkv", k, weights[..., None] * v.astype(weights.dtype))
+    n = jnp.einsum("bgrt,bgtk->bgrk", weights, k.astype(weights.dtype)) if normalised else None
     kept = (before == documents[:, -1])[:, None]
-    return Summary(jnp.where(kept, log_f.sum(-1), -jnp.inf), C, written.sum(2), m)
+    C, n = jax.tree.map(lambda x: x.reshape(*m.shape, *x.shape[3:]), (C, n))
+    return Summary(jnp.where(kept, log_f.sum(-1), -jnp.inf), C, n, m)
 
 
 def then(state: State, part: Summary) -> State:
@@ -54,32 +58,32 @@ def then(state: State, part: Summary) -> State:
     old = jnp.where(kept, jnp.exp(jnp.where(kept, carried - m, 0.0)), 0.0)
     new = jnp.exp(part.m - m)
     C = old[..., None, None] * state.C + new[..., None, None] * part.C
-    return State(C, old[..., None] * state.n + new[..., None] * part.n, m)
+    n = None if state.n is None else old[..., None] * state.n + new[..., None] * part.n
+    return State(C, n, m)
 
 
-def along(
+def states(
     axis: str | tuple[str, ...],
-    run: Callable,
-    q: Float[Array, "b h t k"],
-    k: Float[Array, "b h t k"],
+    k: Float[Array, "b g t k"],
     v: Float[Array, "b h t v"],
-    i: Float[Array, "b h t"],
-    f: Float[Array, "b h t"],
+    i: Float[Array, "b h t"] | None,
+    log_f: Float[Array, "b h t"],
     state: State,
     documents: Int[Array, "b t"] | None,
-) -> tuple[Float[Array, "b h t v"], State]:
-    """(h of this device's tokens, state after all devices'), inside shard_map over `axis`.
+) -> tuple[State, State, Int[Array, "b t"] | None]:
+    """(state before this device's tokens, state after all devices', documents counted from the
+    former's), inside shard_map over `axis`.
 
     state: before the first device's tokens; documents: counted along the whole row.
     """
     index, size = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
-    state = State(state.C, state.n, jax.lax.stop_gradient(state.m))
-    numbers = jnp.zeros((q.shape[0], q.shape[2]), jnp.int32) if documents is None else documents
+    gauged = state.m is not None
+    m = jax.lax.stop_gradient(state.m) if gauged else jnp.zeros_like(state.C[..., 0, 0])
+    state = State(state.C, state.n, m)
+    numbers = jnp.zeros((v.shape[0], v.shape[2]), jnp.int32) if documents is None else documents
     ends = jax.lax.all_gather(numbers[:, -1], axis)
     before = jnp.where(index == 0, 0, ends[index - 1])
-    wide = state.C.dtype
-    log_f = jax.nn.log_sigmoid(f.astype(wide))
-    own = summarise(k, v, i.astype(wide), log_f, numbers, before)
+    own = summarise(k, v, i, log_f, numbers, before, state.n is not None)
     parts = jax.lax.all_gather(own, axis)
 
     def body(carry, inputs):
@@ -92,5 +96,6 @@ def along(
     (last, mine), _ = jax.lax.scan(body, start, (jnp.arange(size), parts))
     if documents is not None:
         documents = documents - before[:, None]
-    h, _ = run(q, k, v, i, f, mine, documents)
-    return h, last
+    if not gauged:
+        mine, last = mine._replace(m=None), last._replace(m=None)
+    return mine, last, documents

@@ -1,4 +1,4 @@
-"""What the mLSTM's GPU kernels do (kernels/mlstm/gpu.py calls them): Pallas Mosaic GPU, Hopper.
+"""What the GPU kernels do (kernels/linear_attention/gpu.py calls them): Pallas Mosaic GPU, Hopper.
 
 Two kernels. `sweep` walks the chunks of a head in order and stores the memory before each;
 `product` takes one chunk of one head and all chunks at once. Both move 128 x 128 blocks by TMA
@@ -13,7 +13,8 @@ left): scores x yT, weighted by E, times z; and x times a memory M. With t the t
     dk   x v,  y dh, z q,  M dCT    (((v dhT) / bound + dden) ET) q + u (v dCT + dn)
     dv   x k,  y q,  z dh, M dC     (((k qT) / bound) ET) dh + u (k dC)
 
-bound and dden belong to t, so to rows of the first two and to columns of the others.
+bound and dden belong to t, so to rows of the first two and to columns of the others; without a
+normaliser neither they nor n are there. Heads of a group read the same q and k.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.mlstm import gates
+from kernels.linear_attention import gates
 
 BLOCK = 128  # tokens of a chunk, and the side of every block in shared memory
 HALF = BLOCK // 2  # rows of one warpgroup: wgmma's M
@@ -33,6 +34,7 @@ USERS = 2  # warpgroups that compute; one more copies
 # a score, weights of x M and of the vector, the least denominator (h only).
 ALONG_X, ALONG_Y, DOCUMENT, GAIN, BIAS, INTER, VECTOR, BOUND = range(8)
 ROWS = 8
+FINE_X, FINE_Y = GAIN, BIAS  # without a normaliser: the rest of the exponents
 
 _TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _TILE = plgpu.Layout.WGMMA
@@ -47,7 +49,7 @@ def blocks(*lead):
 class Product(NamedTuple):
     """What distinguishes the four uses of `product`."""
 
-    scale: float  # of the scores: 1 / sqrt(head size)
+    scale: float  # of the scores
     eps: float
     later: bool  # x's token sees the tokens of y after it (dk, dv), else those before it
     across: bool  # gain and bias belong to x's tokens, else to y's
@@ -57,6 +59,7 @@ class Product(NamedTuple):
     vector: bool  # + VECTOR * vector
     normalise: bool  # divide by max(|den|, BOUND) + eps
     partner: bool  # also sum out * partner over each row
+    fine: bool  # exponents have a second part
     packed: bool  # documents end inside chunks
     interpret: bool  # the interpreter multiplies at once and knows no wgmma_wait
 
@@ -76,16 +79,24 @@ def _matmul(a, b):
     return pl.run_scoped(run, plgpu.ACC((HALF, BLOCK), jnp.float32))
 
 
-def _weights(options: Product, along_x, along_y, number_x, number_y, rows):
+def _weights(options: Product, per_row, per_column, rows):
     """E: scale * exp(e_x + e_y) where x's token sees y's, else 0."""
     shape = (HALF, BLOCK)
     mine = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_TILE)
     ahead = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE) - mine
     seen = ahead >= rows if options.later else ahead <= rows
     if options.packed:
-        seen &= _spread(number_x, 0) == _spread(number_y, 1)
-    exponent = _spread(along_x, 0) + _spread(along_y, 1)
+        seen &= _spread(per_row(DOCUMENT), 0) == _spread(per_column(DOCUMENT), 1)
+    exponent = _spread(per_row(ALONG_X), 0) + _spread(per_column(ALONG_Y), 1)
+    if options.fine:
+        exponent += _spread(per_row(FINE_X), 0) + _spread(per_column(FINE_Y), 1)
     return options.scale * jnp.exp(jnp.where(seen, exponent, gates.NEVER))
+
+
+def _of(array, head, heads):
+    """Index of a head's part of an array that several heads may share."""
+    shared = heads // array.shape[0]
+    return lax.div(head, jnp.int32(shared)) if shared > 1 else head
 
 
 class _Ring:
@@ -108,8 +119,9 @@ class _Ring:
 
 
 def product(options: Product, widths, x, y, z, M, rows, vector, partner, out, side, scratch):
-    """One chunk of one head; grid (heads, chunks). Arrays [heads, T, D], M [heads, chunks, ., .],
-    rows [heads, chunks, 8, 128], vector [heads, chunks, 1, D], side [heads, chunks, 128]."""
+    """One chunk of one head; grid (heads, chunks). Arrays [heads, T, D], or of as many heads as
+    there are groups, M [heads, chunks, ., .], rows [heads, chunks, 8, 128], vector [heads, chunks,
+    1, D] if it is used, side [heads, chunks, 128]."""
     slots, scores, staged, row_block, row_vector, row_side, full, empty, ready = scratch
     head, chunk, user = lax.axis_index("head"), lax.axis_index("chunk"), lax.axis_index("user")
     inner, outer = (w // BLOCK for w in widths)
@@ -118,25 +130,29 @@ def product(options: Product, widths, x, y, z, M, rows, vector, partner, out, si
     def columns(i):
         return pl.ds(i * BLOCK, BLOCK)
 
+    def chunk_of(array, i):
+        return array.at[_of(array, head, M.shape[0]), tokens, columns(i)]
+
     def sent():
         """Every block in the order of use."""
         for i in range(inner):
-            yield x.at[head, tokens, columns(i)]
-            yield y.at[head, tokens, columns(i)]
+            yield chunk_of(x, i)
+            yield chunk_of(y, i)
         for j in range(outer):
             for i in range(inner):
-                yield x.at[head, tokens, columns(i)]
+                yield chunk_of(x, i)
                 at = (columns(j), columns(i)) if options.transposed else (columns(i), columns(j))
                 yield M.at[head, chunk, *at]
-            yield z.at[head, tokens, columns(j)]
+            yield chunk_of(z, j)
             if options.partner:
-                yield partner.at[head, tokens, columns(j)]
+                yield chunk_of(partner, j)
 
     @pl.when(user == USERS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
         plgpu.copy_gmem_to_smem(rows.at[head, chunk], row_block, ready)
-        plgpu.copy_gmem_to_smem(vector.at[head, chunk], row_vector, ready)
+        if options.vector or options.normalise:
+            plgpu.copy_gmem_to_smem(vector.at[head, chunk], row_vector, ready)
         for step, block in enumerate(sent()):
             slot = step % SLOTS
             if step >= SLOTS:
@@ -200,8 +216,7 @@ def product(options: Product, widths, x, y, z, M, rows, vector, partner, out, si
             s = s * _spread(side_of(GAIN), axis)
         if options.bias:
             s = s + _spread(side_of(BIAS), axis)
-        numbers = (per_row(DOCUMENT), per_column(DOCUMENT))
-        s = s * _weights(options, per_row(ALONG_X), per_column(ALONG_Y), *numbers, first)
+        s = s * _weights(options, per_row, per_column, first)
         scores.at[mine][...] = s.astype(scores.dtype)
         plgpu.commit_smem()
         if options.normalise:
@@ -242,8 +257,9 @@ def product(options: Product, widths, x, y, z, M, rows, vector, partner, out, si
 def sweep(reverse, tokens, x, y, rows, C0, stored, C_last, scratch):
     """Memory before each chunk: C' = gamma C + (u x)T y; grid (heads, K / 128, V / 128).
 
-    Arrays x [heads, T, K], y [heads, T, V], rows [heads, chunks, 2, 128] (u; gamma), C0 and C_last
-    float32 [heads, K, V], stored [heads, chunks, K, V]. In reverse the last chunk comes first.
+    Arrays x [heads or groups, T, K], y [heads, T, V], rows [heads, chunks, 2, 128] (u; gamma), C0
+    and C_last float32 [heads, K, V], stored [heads, chunks, K, V]. In reverse the last chunk comes
+    first.
     """
     slots, scaled, staged, row_block, full, empty, both = scratch
     head, user = lax.axis_index("head"), lax.axis_index("user")
@@ -256,7 +272,8 @@ def sweep(reverse, tokens, x, y, rows, C0, stored, C_last, scratch):
 
     def send(step, stage):
         where = pl.ds(at(step) * BLOCK, BLOCK)
-        plgpu.copy_gmem_to_smem(x.at[head, where, K], slots.at[2 * stage], full.at[stage])
+        part = x.at[_of(x, head, C0.shape[0]), where, K]
+        plgpu.copy_gmem_to_smem(part, slots.at[2 * stage], full.at[stage])
         plgpu.copy_gmem_to_smem(y.at[head, where, V], slots.at[2 * stage + 1], full.at[stage])
         plgpu.copy_gmem_to_smem(rows.at[head, at(step)], row_block.at[stage], full.at[stage])
 
