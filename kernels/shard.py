@@ -32,6 +32,12 @@ def mesh_axes(name: str | None, size: int = 0) -> tuple[str, ...]:
     return axes if size % math.prod(mesh.shape[a] for a in axes) == 0 else ()
 
 
+def size(axes: Sequence[str]) -> int:
+    """Devices along these mesh axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[a] for a in axes)
+
+
 def spec(names: Names, shape: Sequence[int]) -> PartitionSpec:
     """PartitionSpec of an array by the logical names of its axes."""
     return PartitionSpec(*(mesh_axes(n, s) or None for n, s in zip(names, shape, strict=True)))

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 # Finite: a row without any visible key then gives a uniform average instead of NaN.
@@ -24,7 +25,20 @@ class MaskSpec:
                      rule of building_blocks 1.3. kv_scale_ids defaults to q_scale_ids.
 
     prefix_length is [B], or [B, T] where each query has a prefix of its own. Positions default to
-    0..T-1 for queries and 0..S-1 for keys.
+    query_offset + 0..T-1 for queries and 0..S-1 for keys. contiguous promises that the tokens of
+    a segment stand side by side, which lets a TPU kernel share keys between segments.
+
+    Who can do what (impl="auto" leaves the rest to xla, which takes everything):
+
+    |                                 | xla: blocks skipped     | tpu: splash  | gpu: cuDNN        |
+    | causal                          | above the diagonal      | yes, skipped | yes               |
+    | window, always_visible          | outside of either       | yes, skipped | causal, without   |
+    |                                 |                         |              | always_visible    |
+    | prefix_length                   | left of a window        | yes          | no                |
+    | segment ids                     | none                    | yes          | no                |
+    | segment ids, shared keys        | none                    | contiguous   | no                |
+    | kv_valid                        | none                    | yes          | no                |
+    | positions as arrays, scale ids  | none                    | no           | no                |
     """
 
     prefix_length: Int[Array, "b"] | Int[Array, "b t"] | None = None
@@ -38,6 +52,8 @@ class MaskSpec:
     causal: bool = dataclasses.field(default=True, metadata=dict(static=True))
     window: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     always_visible: int = dataclasses.field(default=0, metadata=dict(static=True))
+    query_offset: int = dataclasses.field(default=0, metadata=dict(static=True))
+    contiguous: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     def with_window(self, window: int | None) -> "MaskSpec":
         """The same mask limited to the last `window` positions (the query itself counts)."""
@@ -45,7 +61,7 @@ class MaskSpec:
 
     def dense(self, queries: int, keys: int) -> Bool[Array, "#b t s"]:
         """Boolean [B or 1, T, S], True where the key is visible; jit fuses it into the softmax."""
-        q = _positions(self.q_positions, queries)[..., :, None]
+        q = _positions(self.q_positions, queries, self.query_offset)[..., :, None]
         k = _positions(self.kv_positions, keys)[..., None, :]
         terms = []
         if self.causal:
@@ -71,31 +87,84 @@ class MaskSpec:
             mask &= term
         return mask
 
-    def rows(self, start, size: int, queries: int) -> "MaskSpec":
-        """The mask of the queries start..start+size-1 alone; start may be traced."""
+    def block(self, rows: tuple, columns: tuple) -> "MaskSpec":
+        """The mask of some queries and keys alone: each (start, size), where start may be traced.
 
-        def cut(x):
+        Segment and scale ids of the keys must have been told apart from the queries' (`padded`).
+        """
+
+        def cut(x, start, size):
             return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1)
 
         prefix = self.prefix_length
-        if prefix is not None and prefix.ndim == 2:
-            prefix = cut(prefix)
-        kv = dict(
-            kv_segment_ids=_default(self.kv_segment_ids, self.q_segment_ids),
-            kv_scale_ids=_default(self.kv_scale_ids, self.q_scale_ids),
-        )
+        if getattr(prefix, "ndim", 0) == 2:
+            prefix = cut(prefix, *rows)
+        q_positions, kv_positions = cut(self.q_positions, *rows), cut(self.kv_positions, *columns)
+        if q_positions is None:
+            q_positions = _positions(None, rows[1], self.query_offset + rows[0])
+        if kv_positions is None:
+            kv_positions = _positions(None, columns[1], columns[0])
         return dataclasses.replace(
             self,
             prefix_length=prefix,
-            q_positions=cut(_positions(self.q_positions, queries)),
-            q_segment_ids=cut(self.q_segment_ids),
-            q_scale_ids=cut(self.q_scale_ids),
-            **kv,
+            q_positions=q_positions,
+            kv_positions=kv_positions,
+            q_segment_ids=cut(self.q_segment_ids, *rows),
+            kv_segment_ids=cut(self.kv_segment_ids, *columns),
+            q_scale_ids=cut(self.q_scale_ids, *rows),
+            kv_scale_ids=cut(self.kv_scale_ids, *columns),
+            kv_valid=cut(self.kv_valid, *columns),
         )
 
+    def padded(self, queries: int, keys: int) -> "MaskSpec":
+        """The same mask with arrays of these lengths; what is added means nothing."""
 
-def _positions(given, length):
-    return jnp.arange(length, dtype=jnp.int32)[None] if given is None else given
+        def pad(x, size):
+            return None if x is None else jnp.pad(x, ((0, 0), (0, size - x.shape[-1])))
+
+        prefix = self.prefix_length
+        return dataclasses.replace(
+            self,
+            prefix_length=pad(prefix, queries) if getattr(prefix, "ndim", 0) == 2 else prefix,
+            q_positions=pad(self.q_positions, queries),
+            kv_positions=pad(self.kv_positions, keys),
+            q_segment_ids=pad(self.q_segment_ids, queries),
+            kv_segment_ids=pad(_default(self.kv_segment_ids, self.q_segment_ids), keys),
+            q_scale_ids=pad(self.q_scale_ids, queries),
+            kv_scale_ids=pad(_default(self.kv_scale_ids, self.q_scale_ids), keys),
+            kv_valid=pad(self.kv_valid, keys),
+        )
+
+    def reach(self, queries: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
+        """(first, last) [T]: no query sees a key outside first..last, always_visible ones aside.
+
+        Known while tracing, so only of positions that are not arrays.
+        """
+        first, last = np.zeros(queries, np.int64), np.full(queries, keys - 1)
+        if self.q_positions is None and self.kv_positions is None:
+            position = self.query_offset + np.arange(queries)
+            if self.causal and self.prefix_length is None:
+                last = np.minimum(position, last)
+            if self.window is not None:
+                first = np.maximum(position - self.window + 1, first)
+        return first, last
+
+    def blocks(self, queries: int, keys: int, rows: int, columns: int) -> np.ndarray:
+        """[n, 2]: (block of `rows` queries, block of `columns` keys) that the mask can reach."""
+        first, last = self.reach(queries, keys)
+        starts = np.arange(0, queries, rows)
+        # Both ends grow with the query.
+        low, high = first[starts], last[np.minimum(starts + rows, queries) - 1]
+        key = np.arange(0, keys, columns)
+        pinned = key < (self.always_visible if self.window is not None else 0)
+        seen = (key + columns > low[:, None]) | pinned
+        seen &= key <= high[:, None]
+        seen[:, 0] |= ~seen.any(1)  # a uniform average, as in `dense`, of something
+        return np.argwhere(seen)
+
+
+def _positions(given, length, start=0):
+    return start + jnp.arange(length, dtype=jnp.int32)[None] if given is None else given
 
 
 def _default(value, fallback):

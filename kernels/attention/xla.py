@@ -1,6 +1,13 @@
-"""Attention in plain XLA: grouped heads without repeating keys, long queries in chunks."""
+"""Attention in plain XLA: grouped heads without repeating keys, long rows in blocks.
+
+Short rows are one block. Long ones go through the blocks of queries and keys that the mask can
+reach, one after another, with a running maximum and sum (the softmax of flash attention), so no
+more than one block of scores exists at a time. The gradient is written: it keeps q, k, v, the
+result and two numbers per query, and computes each block's scores again.
+"""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +15,21 @@ from jaxtyping import Array, Float
 
 from kernels.attention.mask import MASKED, MaskSpec
 
-# Above this many scores per head and row ([T, S]) the queries are cut into chunks of CHUNK.
+# Up to this many scores per head and row ([T, S]) are one block.
 PLAIN_LIMIT = 1024 * 1024
-CHUNK = 256
+# Queries and keys of a block; under a window smaller blocks of keys skip more.
+ROWS, COLUMNS, COLUMNS_IN_WINDOW = 256, 1024, 256
+
+
+class Tiles(NamedTuple):
+    """How a call is cut, and its options."""
+
+    rows: int
+    columns: int
+    queries: int
+    keys: int
+    scale: float
+    softcap: float | None
 
 
 def attention(
@@ -23,13 +42,19 @@ def attention(
     softcap: float | None,
     chunk: int | None = None,
 ) -> Float[Array, "b t h v"]:
-    """The reference's function; chunk=None chooses between one block and chunks of queries."""
-    length = q.shape[1]
+    """The reference's function; chunk: queries and keys of a block, None chooses."""
+    queries, keys = q.shape[1], k.shape[1]
     if chunk is None:
-        chunk = length if length * k.shape[1] <= PLAIN_LIMIT else CHUNK
-    if chunk >= length:
+        whole = queries == 1 or queries * keys <= PLAIN_LIMIT
+        columns = COLUMNS if mask is None or mask.window is None else COLUMNS_IN_WINDOW
+        rows, columns = min(ROWS, queries), min(columns, keys)
+    else:
+        whole = chunk >= max(queries, keys)
+        rows, columns = min(chunk, queries), min(chunk, keys)
+    if whole:
         return _block(q, k, v, mask, scale=scale, softcap=softcap)
-    return _chunked(q, k, v, mask, scale=scale, softcap=softcap, chunk=chunk)
+    mask = MaskSpec(causal=False) if mask is None else mask
+    return _tiled(q, k, v, mask, Tiles(rows, columns, queries, keys, scale, softcap))
 
 
 def _block(q, k, v, mask, *, scale, softcap):
@@ -54,23 +79,121 @@ def _block(q, k, v, mask, *, scale, softcap):
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h, v.shape[-1])
 
 
-def _chunked(q, k, v, mask, *, scale, softcap, chunk):
-    """One chunk of queries at a time; the backward pass recomputes each chunk's scores."""
-    length = q.shape[1]
-    mask = MaskSpec(causal=False) if mask is None else mask
+def _tiled(q, k, v, mask, tiles):
+    """Heads first, lengths padded to whole blocks."""
+    b, t, h, d = q.shape
+    s, g = k.shape[1:3]
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(start):
-        rows = jax.lax.dynamic_slice_in_dim(q, start, chunk, axis=1)
-        return _block(rows, k, v, mask.rows(start, chunk, length), scale=scale, softcap=softcap)
+    def first(x, block):
+        heads = jnp.moveaxis(x, 1, -2)
+        rest = -x.shape[1] % block
+        return jnp.pad(heads, [(0, 0)] * (heads.ndim - 2) + [(0, rest), (0, 0)])
 
-    whole = length // chunk
-    starts = jnp.arange(whole, dtype=jnp.int32) * chunk
-    out = jax.lax.map(one, starts)  # [n, B, chunk, H, V]
-    out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], whole * chunk, q.shape[2], v.shape[-1])
-    rest = length - whole * chunk
-    if rest:
-        rows = mask.rows(whole * chunk, rest, length)
-        tail = _block(q[:, whole * chunk :], k, v, rows, scale=scale, softcap=softcap)
-        out = jnp.concatenate([out, tail], axis=1)
-    return out
+    q = first(q.reshape(b, t, g, h // g, d), tiles.rows)
+    k, v = first(k, tiles.columns), first(v, tiles.columns)
+    mask = mask.padded(q.shape[-2], k.shape[-2])
+    out = _flash(q, k, v, mask, tiles)[..., :t, :]
+    return jnp.moveaxis(out, -2, 1).reshape(b, t, h, v.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _flash(q, k, v, mask, tiles):
+    """q [B, G, R, T, K], k [B, G, S, K], v [B, G, S, V] -> [B, G, R, T, V]."""
+    return _forward(q, k, v, mask, tiles)[0]
+
+
+def _forward(q, k, v, mask, tiles):
+    """The result, and each query's maximum and sum of exponentials."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    start = (
+        jnp.full(q.shape[:-1], -jnp.inf, wide),
+        jnp.zeros(q.shape[:-1], wide),
+        jnp.zeros((*q.shape[:-1], v.shape[-1]), wide),
+    )
+
+    def body(carry, pair):
+        i, j = pair[0] * tiles.rows, pair[1] * tiles.columns
+        own = functools.partial(_cut, start=i, size=tiles.rows)
+        keys = functools.partial(_cut, start=j, size=tiles.columns)
+        scores, _ = _scores(own(q), keys(k), mask, tiles, i, j)
+        top, total, sums = own(carry[0], axis=-1), own(carry[1], axis=-1), own(carry[2])
+        higher = jnp.maximum(top, scores.max(-1))
+        weights, kept = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
+        total = kept * total + weights.sum(-1)
+        added = _dot("bgrqk,bgkv->bgrqv", weights.astype(v.dtype), keys(v))
+        sums = kept[..., None] * sums + added
+        new = (higher, total, sums)
+        return tuple(_put(x, y, i, a) for x, y, a in zip(carry, new, (-1, -1, -2))), None
+
+    (top, total, sums), _ = jax.lax.scan(body, start, _pairs(mask, tiles))
+    return (sums / total[..., None]).astype(v.dtype), top, total
+
+
+def _flash_forward(q, k, v, mask, tiles):
+    out, top, total = _forward(q, k, v, mask, tiles)
+    return out, (q, k, v, mask, out, top, total)
+
+
+def _flash_backward(tiles, kept, d_out):
+    """One pass over the same blocks; sums in float32."""
+    q, k, v, mask, out, top, total = kept
+    wide = top.dtype
+    mean = (out.astype(wide) * d_out.astype(wide)).sum(-1)  # of the weights' gradient
+    share = 1 / total
+    start = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))
+
+    def body(carry, pair):
+        i, j = pair[0] * tiles.rows, pair[1] * tiles.columns
+        own = functools.partial(_cut, start=i, size=tiles.rows)
+        keys = functools.partial(_cut, start=j, size=tiles.columns)
+        qi, kj, vj, d = own(q), keys(k), keys(v), own(d_out)
+        scores, slope = _scores(qi, kj, mask, tiles, i, j)
+        weights = jnp.exp(scores - own(top, axis=-1)[..., None])
+        weights *= own(share, axis=-1)[..., None]
+        d_v = _dot("bgrqk,bgrqv->bgkv", weights.astype(v.dtype), d)
+        d_weights = _dot("bgrqv,bgkv->bgrqk", d, vj)
+        d_scores = weights * (d_weights - own(mean, axis=-1)[..., None]) * slope * tiles.scale
+        d_scores = d_scores.astype(q.dtype)
+        d_q = _dot("bgrqk,bgkd->bgrqd", d_scores, kj)
+        d_k = _dot("bgrqk,bgrqd->bgkd", d_scores, qi)
+        added = ((d_q, own, i), (d_k, keys, j), (d_v, keys, j))
+        return tuple(_put(x, cut(x) + y, at) for x, (y, cut, at) in zip(carry, added)), None
+
+    grads, _ = jax.lax.scan(body, start, _pairs(mask, tiles))
+    return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v))), None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _scores(q, k, mask, tiles, i, j):
+    """(masked scores of a block [B, G, R, rows, columns], their slope in scale q kᵀ)."""
+    scores = _dot("bgrqd,bgkd->bgrqk", q, k) * tiles.scale
+    slope = jnp.ones((), scores.dtype)
+    if tiles.softcap:
+        bent = jnp.tanh(scores / tiles.softcap)
+        scores, slope = tiles.softcap * bent, 1 - bent * bent
+    visible = mask.block((i, tiles.rows), (j, tiles.columns))
+    visible = visible.dense(tiles.rows, tiles.columns)[:, None, None]
+    scores, slope = jnp.where(visible, scores, MASKED), jnp.where(visible, slope, 0.0)
+    if tiles.keys % tiles.columns:  # keys of the padding do not even count in an average
+        real = j + jnp.arange(tiles.columns) < tiles.keys
+        scores = jnp.where(real, scores, -jnp.inf)
+    return scores, slope
+
+
+def _dot(equation, a, b):
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=wide)
+
+
+def _pairs(mask, tiles):
+    return jnp.asarray(mask.blocks(tiles.queries, tiles.keys, tiles.rows, tiles.columns), jnp.int32)
+
+
+def _cut(x, start, size, axis=-2):
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis % x.ndim)
+
+
+def _put(x, part, start, axis=-2):
+    return jax.lax.dynamic_update_slice_in_dim(x, part, start, axis % x.ndim)

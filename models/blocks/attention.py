@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.attention import MaskSpec, attention
+from kernels.attention import MaskSpec, attention, shares_rows
 from models.blocks import kv_cache
 from models.blocks.common import Linear, constrain
 from models.blocks.norms import RMSNorm
@@ -79,8 +79,10 @@ class Attention(nn.Module):
         if mask is not None and self.window is not None:
             mask = mask.with_window(self.window)
         q = constrain(q, "batch", "length", "act_heads", None)
-        k = constrain(k, "batch", None, "act_kv_heads", None)
-        v = constrain(v, "batch", None, "act_kv_heads", None)
+        # Devices that share a row exchange the keys that the mask can reach, not all of them.
+        tokens = "length" if shares_rows(q.shape[1], k.shape[1]) else None
+        k = constrain(k, "batch", tokens, "act_kv_heads", None)
+        v = constrain(v, "batch", tokens, "act_kv_heads", None)
         out = attention(q, k, v, mask, scale=self.scale, softcap=self.softcap, impl=self.impl)
         axes = ("heads", "head_dim", "embed")
         project = Linear((x.shape[-1],), axes, self.dtype, 2, self.bias, self.kernel_init, name="o")

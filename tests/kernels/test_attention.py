@@ -146,15 +146,15 @@ def test_window_counts_the_query_itself():
 
 
 def test_prefix_per_query_and_row_slices():
-    """A packed row's segments have prefixes of their own; rows() cuts any mask by queries."""
+    """A packed row's segments have prefixes of their own; block() cuts any mask."""
     segments = jnp.array([[0, 0, 0, 1, 1, 1, 1]])
     prefix = jnp.array([[2, 2, 2, 6, 6, 6, 6]])
     spec = MaskSpec(prefix_length=prefix, q_segment_ids=segments)
     whole = np.asarray(spec.dense(7, 7))[0]
     assert whole[0, 1] and not whole[0, 2] and whole[3, 5] and not whole[3, 6]
     assert not whole[3:, :3].any()
-    part = np.asarray(spec.rows(2, 4, 7).dense(4, 7))[0]
-    np.testing.assert_array_equal(part, whole[2:6])
+    part = np.asarray(spec.padded(8, 9).block((2, 4), (1, 5)).dense(4, 5))[0]
+    np.testing.assert_array_equal(part, whole[2:6, 1:6])
 
 
 def test_keys_of_a_negative_segment_are_shared():
