@@ -57,22 +57,34 @@ def _held(slots: int, newest: Int[Array, "b 1"], pinned: int) -> Int[Array, "b s
 
 
 def write_prompt(
-    cache: KVCache, layer, k, v, lengths: Int[Array, "b"] | None, pinned: int = 0
+    cache: KVCache,
+    layer,
+    k,
+    v,
+    lengths: Int[Array, "b"] | None,
+    pinned: int = 0,
+    first: int = 0,
 ) -> KVCache:
-    """Stores positions 0..T-1 of right-padded rows; pads may land in slots nobody reads yet.
+    """Stores T tokens of right-padded rows; pads may land in slots nobody reads yet.
 
-    A prompt longer than the ring keeps each row's pinned and last real tokens: it needs lengths.
+    first: position of the first of them, 0 or behind what is stored already (the keys of tokens
+    that begin every row); lengths count from it. A prompt longer than the ring keeps each row's
+    last real tokens, hence needs lengths.
     """
     slots, tokens = cache.slots, k.shape[1]
-    if tokens > slots:
+    if first + tokens > slots:
         if lengths is None:
             raise ValueError(
                 f"a prompt of {tokens} tokens into {slots} cache slots needs lengths=[B]"
             )
-        source = _held(slots, lengths[:, None] - 1, pinned)
-        source = jnp.maximum(source, 0)[..., None, None]
+        if first > pinned:
+            raise ValueError(
+                f"a prompt from position {first} on would overwrite the ring behind {pinned} slots"
+            )
+        held = _held(slots, first + lengths[:, None] - 1, pinned)[:, first:]
+        source = jnp.maximum(held - first, 0)[..., None, None]
         k, v = (jnp.take_along_axis(x, source, axis=1) for x in (k, v))
-    start = (layer, 0, 0, 0, 0)
+    start = (layer, 0, 0, first, 0)
     return KVCache(
         *(
             jax.lax.dynamic_update_slice(
@@ -81,6 +93,13 @@ def write_prompt(
             for old, new in zip(cache, (k, v))
         )
     )
+
+
+def _held(slots: int, newest: Int[Array, "b 1"], pinned: int) -> Int[Array, "b s"]:
+    """Position that each slot of a ring holds; below `pinned` in the others: nothing yet."""
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    held = newest - (newest - slot) % (slots - pinned)
+    return jnp.where(slot < pinned, slot, held) if pinned else held
 
 
 def write_tokens(
@@ -119,9 +138,11 @@ def write_tokens(
 def mask_after_write(
     slots: int, positions: Int[Array, "b t"], ring: bool, pinned: int = 0
 ) -> MaskSpec:
-    """Keys at positions <= the query's; which they are in a ring follows from the newest one."""
+    """Keys at positions <= the query's; a ring slot s holds newest - (newest - s) mod S."""
     if not ring:
-        return MaskSpec(q_positions=positions)
+        return MaskSpec(q_positions=positions, always_visible=pinned)
     held = _held(slots, positions[:, -1:], pinned)
-    first = jnp.where(jnp.arange(slots) < pinned, 0, pinned) if pinned else 0
-    return MaskSpec(q_positions=positions, kv_positions=held, kv_valid=held >= first)
+    valid = held >= pinned
+    if pinned:
+        valid |= jnp.arange(slots) < pinned
+    return MaskSpec(q_positions=positions, kv_positions=held, kv_valid=valid, always_visible=pinned)
