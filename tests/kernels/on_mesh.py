@@ -18,7 +18,6 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from tests.kernels.seven_checks import document_ids  # noqa: E402
 from training import sharding  # noqa: E402
 
 
@@ -26,7 +25,7 @@ def differences(checks, impl, sizes, documents) -> list[float]:
     """Output, last state, and gradients to every input and to the first state."""
     shape = checks.MESH_SHAPE
     inputs, state = checks.inputs(shape), checks.state(shape)
-    numbers = document_ids(shape) if documents else None
+    numbers = checks.documents(shape) if documents else None
     options = dict(segment_ids=numbers, chunk=shape[-1], impl=impl, **checks.EXACT)
     out = jax.eval_shape(lambda: checks.run(inputs, state, **options)[0])
     cotangent = jax.random.normal(jax.random.key(9), out.shape)

@@ -35,19 +35,21 @@ def abstract_on(topology: str):
     return device, jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("data",)))
 
 
-def document_ids(shape, seed=3):
+def document_ids(shape, seed=3, axis=2):
     """Documents [B, T] of random lengths; ids come back, which does not join them."""
-    b, t = shape[0], shape[2]
+    b, t = shape[0], shape[axis]
     changes = np.random.default_rng(seed).random((b, t)) < 0.15
     return jnp.asarray(np.cumsum(changes, 1) % 2, jnp.int32)
 
 
 class SevenChecks(abc.ABC):
-    """Subclass it as TestX. Shapes are (B, H, T, ..., chunk); tokens lie on axis 2 of every input.
+    """Subclass it as TestX. Shapes are (B, H, T, ..., chunk); tokens lie on axis 2 of every input,
+    or on AXIS of shapes and outputs and where `cut` says.
 
     Tolerances are relative to the largest entry.
     """
 
+    AXIS = 2  # of the tokens
     SHAPES: tuple = ()  # awkward ones: one token, odd lengths, sizes 1 and 130
     IMPLS: tuple = ()  # held against "ref"
     EXACT: dict = {}  # options under which the written gradient has no approximation
@@ -67,7 +69,7 @@ class SevenChecks(abc.ABC):
 
     @abc.abstractmethod
     def run(self, inputs, state, **options) -> tuple:
-        """(output [B, H, T, V], last state); options: impl, chunk, segment_ids and the op's own."""
+        """(output, last state); options: impl, chunk, segment_ids and the op's own."""
 
     @abc.abstractmethod
     def step(self, inputs, state) -> tuple:
@@ -89,7 +91,19 @@ class SevenChecks(abc.ABC):
         """The shape's chunk, or the next one that an implementation takes."""
         return shape[-1]
 
+    def cut(self, inputs, start, stop) -> list:
+        """Inputs of some of the tokens."""
+        return [jax.lax.slice_in_dim(x, start, stop, axis=self.AXIS) for x in inputs]
+
+    def token(self, inputs, t) -> list:
+        """Inputs of one token, without its axis."""
+        return [x.take(t, axis=self.AXIS) for x in inputs]
+
     # ------------------------------------------------ helpers
+
+    def documents(self, shape):
+        """Documents packed in the rows of a shape."""
+        return document_ids(shape, axis=self.AXIS)
 
     def objective(self, inputs, state, cotangent, **options):
         """A number that every output takes part in."""
@@ -123,7 +137,7 @@ class SevenChecks(abc.ABC):
 
     def test_checks_1_and_2_equal_ref(self, impl, shape, documents):
         """float32 to 1e-5, bfloat16 to 1e-2 of the recurrence on the same numbers in float32."""
-        options = dict(segment_ids=document_ids(shape) if documents else None)
+        options = dict(segment_ids=self.documents(shape) if documents else None)
         run = jax.jit(
             lambda inputs, state, impl: self.run(
                 inputs, state, impl=impl, chunk=self.chunk(shape, impl), **options
@@ -145,7 +159,9 @@ class SevenChecks(abc.ABC):
         with jax.enable_x64(True):
             wide = lambda tree: jax.tree.map(lambda x: x.astype(WIDE), tree)  # noqa: E731
             given = wide((self.inputs(shape), self.state(shape)))
-            options = dict(segment_ids=document_ids(shape) if documents else None, chunk=shape[-1])
+            options = dict(
+                segment_ids=self.documents(shape) if documents else None, chunk=shape[-1]
+            )
             grads = (self.gradient(*given, impl=x, **self.EXACT, **options) for x in ("xla", "ref"))
             self.assert_trees_close(*grads, 1e-11)
 
@@ -153,7 +169,7 @@ class SevenChecks(abc.ABC):
         """2e-4, through inputs and states, also with sizes that are not whole lanes."""
         shape = gradient_shape
         given = self.inputs(shape), self.state(shape)
-        options = dict(segment_ids=document_ids(shape) if documents else None, chunk=shape[-1])
+        options = dict(segment_ids=self.documents(shape) if documents else None, chunk=shape[-1])
         grads = (self.gradient(*given, impl=x, **options) for x in (impl, "ref"))
         self.assert_trees_close(*grads, 2e-4)
 
@@ -162,10 +178,11 @@ class SevenChecks(abc.ABC):
         shape = self.SHAPES[1]
         inputs, state = self.inputs(shape), self.state(shape)
         options = dict(chunk=self.chunk(shape, impl), impl=impl)
+        length = shape[self.AXIS]
         whole, last = self.run(inputs, state, **options)
-        first, between = self.run([x[:, :, :cut] for x in inputs], state, **options)
-        second, end = self.run([x[:, :, cut:] for x in inputs], between, **options)
-        assert_close(jnp.concatenate([first, second], 2), whole, 1e-5)
+        first, between = self.run(self.cut(inputs, 0, cut), state, **options)
+        second, end = self.run(self.cut(inputs, cut, length), between, **options)
+        assert_close(jnp.concatenate([first, second], self.AXIS), whole, 1e-5)
         self.assert_states_close(end, last, 1e-5)
 
     def test_check_4_calls_equal_steps(self, cut):
@@ -176,10 +193,10 @@ class SevenChecks(abc.ABC):
             inputs, state = wide((self.inputs(shape), self.state(shape)))
             options = dict(chunk=shape[-1], impl="xla")
             whole, last = self.run(inputs, state, **options)
-            _, state = self.run([x[:, :, :cut] for x in inputs], state, **options)
-            for t in range(cut, shape[2]):
-                out, state = self.step([x[:, :, t] for x in inputs], state)
-                assert_close(out, whole[:, :, t], 1e-12)
+            _, state = self.run(self.cut(inputs, 0, cut), state, **options)
+            for t in range(cut, shape[self.AXIS]):
+                out, state = self.step(self.token(inputs, t), state)
+                assert_close(out, whole.take(t, axis=self.AXIS), 1e-12)
             self.assert_states_close(state, last, 1e-12)
 
     def test_check_5_vmap_equals_a_loop(self, impl):
