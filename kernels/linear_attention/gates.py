@@ -136,6 +136,19 @@ def _gauges(g, a, kept, m):
     return jnp.concatenate([m[..., None], after[..., :-1]], axis=-1), after[..., -1]
 
 
+def of_visible_decays(
+    dlog_f: Float[Array, "b h t"], log_f: Float[Array, "b h t"]
+) -> Float[Array, "b h t"]:
+    """The decays' gradient, 0 where it is below its own rounding.
+
+    It is a sum of products across the token, each of which has the factor exp(log_f), but is
+    computed as a difference of sums of all of them: what is smaller than their last digit is noise,
+    which a large step size would magnify.
+    """
+    smallest = jnp.finfo(log_f.dtype).eps ** 1.5
+    return jnp.where(log_f < math.log(smallest), 0.0, dlog_f)
+
+
 def den_gradient(dh, h, den, bound, least) -> Float[Array, "..."]:
     """Gradient of den in h = num / bound, bound = max(|den|, least) + eps."""
     along = (dh.astype(den.dtype) * h.astype(den.dtype)).sum(-1).reshape(den.shape)

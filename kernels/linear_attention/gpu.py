@@ -257,6 +257,8 @@ def _backward(options, residuals, cotangents):
         dlog_f = jnp.cumsum(flow[..., ::-1], axis=-1)[..., ::-1]
     else:
         dlog_f = _to_end(flow, documents, into_last)
+    if i is None:
+        dlog_f = gates.of_visible_decays(dlog_f, log_f)
     dq, dk = (blocks.sum_groups(x, like) for x, like in zip((dq, dk), given))
     dv, dC, dn = blocks.split((dv, dC, dn), batch)
     di = None if i is None else di.reshape(flow.shape)

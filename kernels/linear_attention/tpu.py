@@ -266,6 +266,8 @@ def _backward(options, residuals, cotangents):
     dlog_f = jnp.cumsum(dlog_f[..., ::-1], axis=-1)[..., ::-1]
     if not options.official_backward:
         dlog_f += flow[:, :, :, 2]
+    if i is None:
+        dlog_f = gates.of_visible_decays(dlog_f.reshape(log_f.shape), log_f)
     dq, dk = (blocks.sum_groups(x, like) for x, like in zip((dq, dk), given))
     di, dlog_f = (x.reshape(log_f.shape) for x in (di, dlog_f))
     dm = None if state.m is None else jnp.zeros_like(state.m)

@@ -37,6 +37,17 @@ def _weights(options, rows, columns):
     return jnp.exp(jnp.where(seen, exponent, gates.NEVER))
 
 
+def _diagonal(P):
+    """(a token's part in its own output [L, 1], P without it).
+
+    It cancels in the decays' gradient, where behind strong decays there is little else.
+    """
+    t = jax.lax.broadcasted_iota(jnp.int32, P.shape, 0)
+    s = jax.lax.broadcasted_iota(jnp.int32, P.shape, 1)
+    own = jnp.where(s == t, P.astype(jnp.float32), 0.0).sum(1, keepdims=True)
+    return own, jnp.where(s == t, jnp.zeros_like(P), P)
+
+
 def _start(first, state):
     """Before the first chunk: the state of the head."""
 
@@ -114,16 +125,20 @@ def backward(options, q_ref, k_ref, v_ref, dh_ref, rows_ref, before, last,
         P, from_state, from_next = P + dden, from_state + dden * n, from_next + dn
         carried += (n * dn).sum(1, keepdims=True)
     P, from_next = (P * E).astype(narrow), u * from_next
+    if not options.normalised:
+        own, P = _diagonal(P)
     dq = _dot(P, k, (1, 0)) + w * from_state
     dk = _dot(P, q, (0, 0)) + from_next
     dv = _dot(S, dnum, (0, 0)) + u * _dot(k, dC_narrow, (1, 0))
-    dq_ref[...], dk_ref[...] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype)
     dv_ref[...] = dv.astype(dv_ref.dtype)
     q, k = q.astype(wide), k.astype(wide)
     # <C', dC'> + <n', dn'> of the outgoing state, without it: what came from the state before
     # (`carried`) and what this chunk's tokens wrote.
     written = (k * from_next).sum((0, 1), keepdims=True)
     sums = [(q * dq).sum(1, keepdims=True), (k * dk).sum(1, keepdims=True)]
+    if not options.normalised:
+        dq, dk = dq + own * k, dk + own * q
+    dq_ref[...], dk_ref[...] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype)
     into_next = jnp.broadcast_to(gamma * carried + written, sums[0].shape)
     lane = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], SUBLANES), 1)
     flow = jnp.where(lane == 0, sums[0], jnp.where(lane == 1, sums[1], into_next))

@@ -221,6 +221,8 @@ def _backward(options, residuals, cotangents):
     di, dlog_f = (x.reshape(log_f.shape) for x in (di, dlog_f))
     if official:  # one sum over the whole row, nothing from the last state
         dlog_f = jnp.cumsum(dlog_f[..., ::-1], axis=-1)[..., ::-1]
+    if i is None:
+        dlog_f = gates_lib.of_visible_decays(dlog_f, log_f)
     gradient = State(*_ungroup((dC, dn)), None if m is None else jnp.zeros_like(m))
     return dq, dk, dv, None if i is None else di, dlog_f, gradient, None
 
@@ -242,12 +244,19 @@ def _chunk_gradients(form, chunk, C, n, h, dh, dC, dn):
         from_C += dden[..., None] * n[..., None, :]
         from_dC += dn[..., None, :]
     P *= scores.E
+    if n is None:
+        # A token's part in its own output cancels in the decays' gradient, where behind strong
+        # decays there is little else.
+        own = jnp.diagonal(P, axis1=-2, axis2=-1)[..., None]
+        P = jnp.where(jnp.eye(P.shape[-1], dtype=bool), 0.0, P)
     dq = dot("bgrts,bgsk->bgrtk", P, k) + w * from_C
     dk = dot("bgrts,bgtk->bgrsk", P, q) + u * from_dC
     dv = dot("bgrts,bgrtv->bgrsv", scores.S, narrow) + u * dot("bgsk,bgrkv->bgrsv", k, dC)
     q, k = (x[:, :, None].astype(wide) for x in (q, k))
     di = (k * dk).sum(-1)
     flow = (q * dq).sum(-1) - di
+    if n is None:
+        dq, dk = dq + own * k, dk + own * q
     wq = w * q
     dC = gates.gamma[..., None, None] * dC + dot("bgrtk,bgrtv->bgrkv", wq, narrow)
     if n is not None:

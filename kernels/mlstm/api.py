@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import dispatch, shard
+from kernels import dispatch, documents, shard
 from kernels.linear_attention import Form, State, context, tpu, xla
 from kernels.mlstm import ref, tpu_step
 from kernels.mlstm.ref import EPS, empty_state
@@ -96,14 +96,14 @@ def mlstm(
         dtype = jnp.promote_types(q.dtype, jnp.float32)
         state = empty_state(rows, heads, width, v.shape[-1], dtype)
     state = State(*state)
-    documents = None if segment_ids is None else _documents(segment_ids, state_segment)
+    numbers = documents.numbers(segment_ids, state_segment)
     run, name = dispatch.choose("mlstm", impl, IMPLEMENTATIONS, AUTO)
     options = dict(eps=eps)
     if name != "ref":
         options |= dict(chunk=chunk, official_backward=official_backward)
     elif official_backward:
         raise ValueError("mlstm: impl='ref' has no official_backward")
-    return _on_mesh(functools.partial(run, **options), q, k, v, i, f, state, documents)
+    return _on_mesh(functools.partial(run, **options), q, k, v, i, f, state, numbers)
 
 
 def _on_mesh(run, q, k, v, i, f, state, documents):
@@ -146,13 +146,6 @@ def mlstm_step(
     names = (*((*head, None),) * 3, head, head, memory)
     run = functools.partial(run, eps=eps)
     return shard.call(run, inputs, names, (v, state), (names[2], memory))
-
-
-def _documents(segment_ids, state_segment):
-    """Documents counted along each row from the state's, which is 0: ids may come back."""
-    before = segment_ids[:, 0] if state_segment is None else state_segment
-    changes = jnp.diff(segment_ids, axis=1, prepend=before[:, None]) != 0
-    return jnp.cumsum(changes, axis=1, dtype=jnp.int32)
 
 
 def _check(q, k, v, i, f):
