@@ -48,7 +48,8 @@ def _evaluate(jaxpr, consts, args, estimate):
         inner = params.get("jaxpr", params.get("call_jaxpr"))
         if eqn.primitive.name == "pallas_call":
             params = params | dict(cost_estimate=estimate(params["name"]))
-            out = eqn.primitive.bind(*inputs, **params)
+            with jax.named_scope(params["name"]):  # profiles call it so
+                out = eqn.primitive.bind(*inputs, **params)
         elif isinstance(inner, core.ClosedJaxpr) and len(inner.jaxpr.invars) == len(inputs):
             out = _evaluate(inner.jaxpr, inner.consts, inputs, estimate)
         else:

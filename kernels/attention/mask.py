@@ -26,7 +26,8 @@ class MaskSpec:
 
     prefix_length is [B], or [B, T] where each query has a prefix of its own. Positions default to
     query_offset + 0..T-1 for queries and 0..S-1 for keys. contiguous promises that the tokens of
-    a segment stand side by side, which lets a TPU kernel share keys between segments.
+    a segment stand side by side and that only the first always_visible keys are shared: what a TPU
+    kernel can be told. A query that sees no key gets an average of some values, finite.
 
     Who can do what (impl="auto" leaves the rest to xla, which takes everything):
 
@@ -157,7 +158,7 @@ class MaskSpec:
         low, high = first[starts], last[np.minimum(starts + rows, queries) - 1]
         key = np.arange(0, keys, columns)
         pinned = key < (self.always_visible if self.window is not None else 0)
-        seen = (key + columns > low[:, None]) | pinned
+        seen = (np.minimum(key + columns, keys) > low[:, None]) | pinned
         seen &= key <= high[:, None]
         seen[:, 0] |= ~seen.any(1)  # a uniform average, as in `dense`, of something
         return np.argwhere(seen)

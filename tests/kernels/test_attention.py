@@ -1,6 +1,7 @@
 """Attention: xla against the reference, masks against the rule spelled out, memory, errors."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.experimental import topologies
 
 from kernels.attention import MaskSpec, api, attention, ref, xla
 from kernels.errors import NotSupported
+from training.flops import count_flops
 
 # (B, T, S, H, G, K, V): one query, odd lengths, D = 1 and 130, multi-query, V unlike K.
 SHAPES = [
@@ -18,6 +20,8 @@ SHAPES = [
     (1, 20, 33, 6, 3, 1, 5),
     (3, 19, 19, 2, 2, 130, 7),
 ]
+
+HYMBA = ((25, 64), (5, 64), (5, 128))  # heads and widths of the 1.5B model's q, k, v
 
 
 def tensors(shape, dtype=jnp.float32, seed=0):
@@ -42,6 +46,19 @@ def rich_mask(shape):
     )
 
 
+def packed_mask(shape):
+    """What every block can be told from: a window, always visible keys, shared and not."""
+    b, t, s = shape[:3]
+    rng = np.random.default_rng(2)
+    ids = np.sort(rng.integers(0, 3, (b, max(t, s))), 1)
+    ids[:, :3] = -1
+    ids = jnp.asarray(ids, jnp.int32)
+    return MaskSpec(
+        q_segment_ids=ids[:, s - t : s], kv_segment_ids=ids[:, :s],
+        window=6, always_visible=3, query_offset=s - t,
+    )  # fmt: skip
+
+
 def close(got, want, tolerance):
     got, want = (np.asarray(x, np.float32) for x in (got, want))
     assert np.isfinite(got).all()
@@ -51,9 +68,14 @@ def close(got, want, tolerance):
 def variants(shape):
     """Mask, cap and chunk, each value at least once with each of the others' extremes."""
     yield None, None, None
+    yield None, None, 8
     yield MaskSpec(window=5), 5.0, 8
     yield rich_mask(shape), 5.0, None
     yield rich_mask(shape), None, 8
+    yield packed_mask(shape), None, 4
+    yield MaskSpec(window=4, always_visible=2), 5.0, 3
+    yield MaskSpec(query_offset=shape[2] - shape[1]), None, 5
+    yield MaskSpec(causal=False, window=5), None, 8
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -74,9 +96,10 @@ def test_check_1_xla_equals_ref(shape):
 
 
 @pytest.mark.parametrize("chunk", [None, 8])
+@pytest.mark.parametrize("make", [rich_mask, packed_mask])
 @pytest.mark.parametrize("shape", SHAPES[1:])
-def test_check_3_gradients_equal_ref(shape, chunk):
-    mask = dataclasses.replace(rich_mask(shape), kv_valid=None)
+def test_check_3_gradients_equal_ref(shape, make, chunk):
+    mask = dataclasses.replace(make(shape), kv_valid=None)
 
     @jax.jit
     def both(q, k, v, cotangent):
@@ -91,15 +114,75 @@ def test_check_3_gradients_equal_ref(shape, chunk):
         close(got, want, 1e-5)
 
 
-def test_check_5_vmap_equals_a_loop():
-    shape = SHAPES[1]
+@pytest.mark.parametrize("mask", [MaskSpec(), MaskSpec(window=6, always_visible=2)])
+def test_check_5_vmap_equals_a_loop(mask):
+    shape, options = SHAPES[1], dict(scale=1.0, softcap=None)
     q, k, v = (jnp.stack([a, b]) for a, b in zip(tensors(shape), tensors(shape, seed=5)))
-    got = jax.vmap(lambda *x: xla.attention(*x, MaskSpec(), scale=1.0, softcap=None, chunk=8))(
-        q, k, v
-    )
+
+    def graded(q, k, v):
+        run = lambda *x: jnp.sum(xla.attention(*x, mask, **options, chunk=8) ** 2)  # noqa: E731
+        return jax.grad(run, (0, 1, 2))(q, k, v)
+
+    got = jax.jit(jax.vmap(graded))(q, k, v)
     for i in range(2):
-        want = ref.attention(q[i], k[i], v[i], MaskSpec(), scale=1.0, softcap=None)
-        close(got[i], want, 1e-5)
+        wanted = graded(q[i], k[i], v[i])
+        for a, b in zip(got, wanted):
+            close(a[i], b, 1e-5)
+
+
+@pytest.mark.parametrize("window, pinned", [(None, 0), (7, 0), (7, 3), (1, 5), (40, 9)])
+@pytest.mark.parametrize("queries, keys, offset", [(37, 37, 0), (20, 33, 13), (33, 20, 0)])
+def test_blocks_are_those_with_a_visible_key(window, pinned, queries, keys, offset):
+    mask = MaskSpec(window=window, always_visible=pinned, query_offset=offset)
+    dense = np.asarray(mask.dense(queries, keys))[0]
+    for rows, columns in ((8, 8), (5, 16), (64, 4)):
+        found = {tuple(x) for x in mask.blocks(queries, keys, rows, columns).tolist()}
+        seen = {
+            (i // rows, j // columns)
+            for i in range(0, queries, rows)
+            for j in range(0, keys, columns)
+            if dense[i : i + rows, j : j + columns].any()
+            or (j == 0 and not dense[i : i + rows].any())
+        }
+        assert found == seen
+
+
+def test_check_7_work_of_a_window_is_linear_in_the_row():
+    """Matrix products at Hymba 1.5B's heads: equal steps in T cost equal steps, and at 8,192 tokens
+    behind 128 always visible ones less than two thirds more than what is visible needs; a causal
+    row costs little more than half of all pairs."""
+
+    def flops(tokens, mask):
+        q, k, v = (jax.ShapeDtypeStruct((1, tokens, *x), jnp.bfloat16) for x in HYMBA)
+        run = functools.partial(attention, mask=mask, impl="xla")
+        return count_flops(jax.grad(lambda *x: run(*x).sum(), (0, 1, 2)), q, k, v)
+
+    local = MaskSpec(window=1025, always_visible=128)
+    a, b, c = (flops(n, local) for n in (4352, 8448, 12544))
+    assert c - b == b - a
+    tokens = 8192 + 128
+    each = 2 * 25 * (64 + 128) + 2 * 25 * (3 * 64 + 2 * 128)  # per visible pair; scores twice
+    visible = int(np.asarray(local.dense(tokens, tokens)).sum())
+    assert each * visible < flops(tokens, local) < 5 / 3 * each * visible
+    assert flops(tokens, MaskSpec()) < 1.2 * each * tokens * (tokens + 1) // 2
+
+
+def test_check_7_memory_grows_with_the_row_not_its_square():
+    """Temporaries of the gradient at Hymba 1.5B's heads; one block of scores is 26 MB."""
+
+    def temporaries(tokens, mask):
+        q, k, v = (jax.ShapeDtypeStruct((1, tokens, *x), jnp.bfloat16) for x in HYMBA)
+
+        def total(*x):
+            return attention(*x, mask, impl="xla").astype(jnp.float32).sum()
+
+        compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, v).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    for mask in (MaskSpec(window=1025, always_visible=128), MaskSpec()):
+        short, long = temporaries(4096, mask), temporaries(8192, mask)
+        assert long < 2.1 * short
+        assert long < 25 * 8192 * 8192 * 4 / 20  # one array of scores
 
 
 def test_masks_equal_the_rule_spelled_out():
