@@ -29,6 +29,7 @@ def eval_config(**overrides) -> ml_collections.ConfigDict:
             gradient_examples=8,  # of each task in the batch of the gradient comparison
             loss_batches=4,  # of `batch` rows per split: losses
             windows=512,  # packed windows of held-out text: bits_per_byte
+            contexts=(1024, 8192),  # tokens behind which a step of decoding is timed: speed
             trunk="decoder",  # params[trunk] is what the two losses share
             sheet=24,  # pictures per contact sheet
             sheet_languages=("en", "es", "de", "fr", "ru", "ja", "ar"),

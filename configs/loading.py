@@ -10,7 +10,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-HELPERS = ("__init__.py", "common.py", "data.py", "evals.py", "loading.py", "runs.py")
+HELPERS = (
+    "__init__.py", "common.py", "data.py", "evals.py", "language.py", "loading.py", "runs.py",
+)  # fmt: skip
 
 
 def unknown(kind: str, name: str, allowed) -> str:

@@ -1,26 +1,41 @@
 """Associative recall and needles: does a language model remember what it was told?
 
     python main.py --config=configs/recall.py
+    python main.py --config=configs/recall.py:needle,model=hymba
 
-Aims at no published table: the tasks on which the xLSTM's input gate is tested (arXiv 2503.13427),
-multi-query associative recall as in arXiv 2312.04927. Rows are drawn afresh at every step; accuracy
-counts answers only, chance is 1 / 64. The model is an xLSTM; any language model can take its place.
+Aims at no published table: the tasks on which the xLSTM's input gate (arXiv 2503.13427) and Hymba's
+heads (arXiv 2411.13676) are tested, multi-query associative recall as in arXiv 2312.04927. Rows are
+drawn afresh at every step; accuracy counts answers only, chance is 1 / 64.
 
 | variant | trains on | where, how long |
 | --- | --- | --- |
 | (none) | 8 keys with values, asked for among silence, 64 tokens | 2 CPU cores, minutes |
 | needle | 4 keys with values hidden in 256 other tokens | 2 CPU cores, minutes |
 | debug | the first with a few steps | under a minute |
+
+model=xlstm (the default), hymba, mamba or llama: 0.1 to 0.3 M parameters each.
 """
 
 from configs import common
 from configs.data import data_config
+from configs.hymba import HEADS
 from configs.xlstm import CELL, OPTIMIZER
+
+# Fields that configs/xlstm_ablations.py and configs/hymba_ablations.py change are spelled out.
+MODELS = {
+    "xlstm": CELL,
+    "hymba": HEADS | dict(global_layers=(0, 3), groups=((1, 2),), meta=8, window=16),
+    "mamba": dict(layers=4),
+    "llama": dict(layers=4),
+}
 
 
 def get_config(arg=""):
     """The config of one variant; see the table above."""
-    variant = common.parse_arg(arg, ("needle", "debug")).variant
+    args = common.parse_arg(arg, ("needle", "debug"), model="xlstm")
+    variant, name = args.variant, args.model
+    if name not in MODELS:
+        raise ValueError(f"config argument model={name!r}: allowed are {', '.join(MODELS)}")
     rows = dict(name="recall", length=64, pairs=8)
     if variant == "needle":
         rows = dict(name="needle", length=256, pairs=4)
@@ -28,7 +43,7 @@ def get_config(arg=""):
         seed=0,
         steps=1500,
         batch_size=64,
-        model=dict(name="xlstm", vocab_size=0, xlstm=dict(size="debug", **CELL)),
+        model={"name": name, "vocab_size": 0, name: dict(size="debug") | MODELS[name]},
         data=data_config(vocab_size=196, **rows),
         optimizer=dict(lr=3e-3) | OPTIMIZER,
         schedule=dict(name="cosine", warmup=100, final=0.05),

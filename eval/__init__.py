@@ -19,6 +19,7 @@ _MODULES = {
     "gradient_norms": "eval.gradient_norms",
     "losses": "eval.losses",
     "bits_per_byte": "eval.bits_per_byte",
+    "speed": "eval.speed",
     "edits": "eval.edits",
     "sheets": "eval.sheets",
     "power_law": "eval.scaling.power_law",

@@ -69,6 +69,18 @@ def _llama(config):
     return llama.build(config)
 
 
+def _mamba(config):
+    from models import mamba
+
+    return mamba.build(config)
+
+
+def _hymba(config):
+    from models import hymba_build
+
+    return hymba_build.build(config)
+
+
 # Builders import lazily: a run pays only for the model it trains.
 MODELS: dict[str, Callable[..., Model]] = {
     "unifluid": _unifluid,
@@ -76,4 +88,6 @@ MODELS: dict[str, Callable[..., Model]] = {
     "glyph_classifier": _glyph_classifier,
     "xlstm": _xlstm,
     "llama": _llama,
+    "mamba": _mamba,
+    "hymba": _hymba,
 }

@@ -46,6 +46,12 @@ def apply(net: nn.Module, params, *args, method=None, **kwargs):
     return net.apply({"params": params}, *args, method=method, **kwargs)
 
 
+def scores(hidden: Float[Array, "... d"], table: Float[Array, "v d"], dtype):
+    """hidden tableᵀ [..., v] in float32, products in `dtype`."""
+    hidden, table = hidden.astype(dtype), table.astype(dtype)
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+
 def read(net: nn.Module, params, batch) -> Float[Array, "b t d"]:
     """Hidden states of a batch's rows."""
     positions = batch.get("positions")

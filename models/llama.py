@@ -55,7 +55,7 @@ SIZES = {
     "olmo2_7b": _sizes(4096, 32, 11008, 32, 32, 128, **_OLMO),
     "olmo2_13b": _sizes(5120, 40, 13824, 40, 40, 128, **_OLMO),
     # For CPUs; the vocabulary comes with the data.
-    "tiny": _sizes(192, 4, 512, 4, 2, 48, vocab_size=4096),
+    "tiny": _sizes(192, 6, 592, 4, 2, 48, vocab_size=4096),
     "debug": _sizes(64, 2, 128, 2, 1, 32, vocab_size=512),
 }
 

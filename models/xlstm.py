@@ -252,12 +252,7 @@ class XLSTM(nn.Module):
 
     def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
         """Capped scores of every vocabulary row, float32."""
-        scores = jnp.einsum(
-            "...d,vd->...v",
-            hidden.astype(self.dtype),
-            self.head.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        scores = language.scores(hidden, self.head, self.dtype)
         return cap(scores, self.cfg.logit_cap)
 
     def table(self) -> Float[Array, "v d"]:

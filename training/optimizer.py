@@ -103,7 +103,8 @@ def _as_adam(update: jax.Array, axes: contrib.MuonDimensionNumbers) -> jax.Array
 
 
 def decay_mask(boxed: Any, undecayed: Sequence[str] = ()) -> Any:
-    """True for matrices: leaves with two or more axes beside the stacked layers, norms excepted.
+    """True for matrices: leaves with two or more axes beside the stacked layers, norms and the
+    decay rates of states excepted.
 
     undecayed: slash paths of subtrees that are excepted too (config.optimizer.undecayed).
     """
@@ -117,7 +118,7 @@ def decay_mask(boxed: Any, undecayed: Sequence[str] = ()) -> Any:
                 return False
         if is_box(leaf):
             names = [n for n in leaf.names if n != "layers"]
-            return len(names) >= 2 and "norm" not in names
+            return len(names) >= 2 and not {"norm", "state"} & set(names)
         return leaf.ndim >= 2
 
     mask = jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)

@@ -36,6 +36,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "width_in": None,
     "classes": None,
     "time": None,
+    "state": None,
     "batch": ("data", "fsdp"),
     "length": "seq",
     "act_embed": None,

@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -10,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from inference.beam import EOS
 from inference.text import Sampling, generate
-from models import language, llama, xlstm
+from models import hymba, language, llama, mamba, xlstm
 
 V = 96
 
@@ -29,7 +34,25 @@ def _llama():
     return net, lambda params, rows, max_len: llama.init_state(net, rows, max_len)
 
 
-MODELS = dict(xlstm=_xlstm, llama=_llama)
+def _hymba():
+    small = dict(vocab_size=V, meta=4, window=8, layers=3, global_layers=(0,))
+    cfg = dataclasses.replace(hymba.SIZES["debug"], **small)
+    net = hymba.Hymba(cfg)
+    return net, lambda params, rows, max_len: hymba.init_state(net, params, rows, max_len)
+
+
+def _mamba(size):
+    net = mamba.Mamba(dataclasses.replace(mamba.SIZES[size], vocab_size=V))
+    return net, lambda params, rows, max_len: mamba.init_state(net.cfg, rows, net.dtype)
+
+
+MODELS = dict(
+    xlstm=_xlstm,
+    llama=_llama,
+    hymba=_hymba,
+    mamba=functools.partial(_mamba, "debug"),
+    mamba2=functools.partial(_mamba, "debug2"),
+)
 
 
 @functools.cache
@@ -148,4 +171,20 @@ def test_it_writes_what_its_scores_say(name):
     got = generate(model, params, prompts, jax.random.key(0), Sampling(max_new=8))
     for prompt, answer in zip(prompts, got):
         best = text(net, params, jnp.asarray([prompt + answer]))[0].argmax(-1)
-        assert answer and best[len(prompt) - 1 : -1].tolist() == answer
+        ended = [EOS] * (len(answer) < 8)
+        assert best[len(prompt) - 1 :].tolist()[: len(answer) + len(ended)] == answer + ended
+
+
+def test_8_devices_equal_one_device():
+    """Packed rows; parameters, batch, heads and tokens cut: losses and gradients to 1e-5."""
+    meshes, names = ("2,1,2,2", "1,4,2,1"), ("hymba", "mamba", "mamba2", "llama")
+    script = Path(__file__).parent / "language_on_mesh.py"
+    run = subprocess.run(
+        [sys.executable, str(script), ",".join(names), *meshes],
+        capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert len(lines) == 2 * len(meshes) * len(names)
+    for name, mesh, what, value in lines:
+        assert float(value) < 1e-5, (name, mesh, what, value)
