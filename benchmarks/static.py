@@ -25,6 +25,13 @@ class TpuKernel(NamedTuple):
 
     name: str
     steps: int  # of its grid
+    trips: tuple[
+        int, ...
+    ] = ()  # of the loops in its body, in order; a grid step runs each so often
+    # What the mathematics asks of the vector unit and of that for exponentials, in registers of
+    # 1024 numbers for the whole call; 0 where others bind.
+    vector: float = 0.0
+    exponentials: float = 0.0
 
 
 class TpuOp(NamedTuple):

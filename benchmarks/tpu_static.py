@@ -12,6 +12,7 @@ two minutes a chip and op on two cores.
 """
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,7 @@ CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 SLOTS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL")
 SUFFIX = "final_hlo-static-per-bundle-utilization.txt"
 
+BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|\d+) +(\w\w)? *: (>*) *\{")
 
 # Cores of a chip that is one device to JAX: the compiler divides parallel grid cells among them.
 CORES = {"v5p": 2}
@@ -79,9 +81,11 @@ def one(args) -> list[dict]:
     cores, chip = CORES.get(where.kind, 1), where.chip
     found, times = [], {}
     for row, kernel in op.kernels.items():
-        schedule = read(args.one, kernel.name)
+        schedule, capacity = read(args.one, kernel.name, kernel.trips)
         (work,) = (x for x in [*programs.values()][-1].kernels if kernel.name in x.name)
         matrix, memory = work.flops / chip.peak, work.moved / chip.hbm_rate
+        slots = max(kernel.vector / capacity["VALU"], kernel.exponentials / capacity["EUP"])
+        vector = slots / chip.clock / cores
         seconds = kernel.steps * schedule["bundles"] / chip.clock / cores
         times[row] = _round(max(seconds, memory) * 1e3)
         found.append(
@@ -92,8 +96,9 @@ def one(args) -> list[dict]:
                 "ms_bundles": _round(seconds * 1e3),
                 "ms_matrix_unit": _round(matrix * 1e3),
                 "ms_memory": _round(memory * 1e3),
-                "over_bound": _round(max(seconds, memory) / max(matrix, memory)),
             }
+            | ({"ms_vector_unit": _round(vector * 1e3)} if vector else {})
+            | {"over_bound": _round(max(seconds, memory) / max(matrix, memory, vector))}
         )
     # XLA's fusions, around the kernels as well, are taken to use both cores too; its estimate does
     # not say.
@@ -111,19 +116,43 @@ def one(args) -> list[dict]:
     return found
 
 
-def read(folder: str, kernel: str) -> dict:
-    """Bundles and slot use of a kernel, from the newest dump of its final schedule."""
-    files = [p for p in Path(folder).glob(f"*{kernel}*{SUFFIX}") if "pre-delay" not in p.name]
-    if not files:
-        raise RuntimeError(f"the compiler left no schedule of {kernel!r} in its dump")
-    lines = max(files, key=lambda p: p.stat().st_mtime_ns).read_text().splitlines()
-    capacity = [int(x) for x in lines[2].split()]
+def read(folder: str, kernel: str, trips=()) -> tuple[dict, dict]:
+    """(bundles of a grid step and their slot use, slots of a bundle), from the newest dump of a
+    kernel's final schedule; bundles of its loops count as often as they run."""
+    lines = _newest(folder, kernel, SUFFIX)
+    capacity = dict(zip(SLOTS, map(int, lines[2].split())))
     bundles = [[int(x) for x in line.split()] for line in lines[4:] if line.strip()]
-    used = [sum(column) for column in zip(*bundles)]
-    return {"bundles": len(bundles)} | {
-        slot.lower(): used[i] if slot in ("FILL", "SPILL") else _round(used[i] / len(bundles) / n)
-        for i, (slot, n) in enumerate(zip(SLOTS, capacity))
-    }
+    times = [1] * len(bundles)
+    if trips:
+        times = _times(_newest(folder, kernel, "final_bundles.txt"), trips)
+    total = sum(times)
+    used = [sum(n * x for n, x in zip(times, column)) for column in zip(*bundles, strict=True)]
+    return {"bundles": total} | {
+        slot.lower(): used[i] if slot in ("FILL", "SPILL") else _round(used[i] / total / n)
+        for i, (slot, n) in enumerate(capacity.items())
+    }, capacity
+
+
+def _newest(folder: str, kernel: str, suffix: str) -> list[str]:
+    files = Path(folder).glob(f"*{kernel}*[0-9]-{suffix}")
+    newest = max(files, key=lambda p: p.stat().st_mtime_ns, default=None)
+    if newest is None:
+        raise RuntimeError(f"the compiler left no schedule of {kernel!r} in its dump")
+    return newest.read_text().splitlines()
+
+
+def _times(lines: list[str], trips) -> list[int]:
+    """How often each bundle runs in a grid step: `LB: >>` begins a loop inside the grid's, and
+    bundles of its body are marked with two arrows."""
+    bundles = [m.groups() for line in lines if (m := BUNDLE.match(line))]
+    times, loop = [], -1
+    for mark, depth in bundles:
+        inside = len(depth) > 1
+        loop += inside and mark == "LB"
+        times.append(trips[loop] if inside and loop < len(trips) else 1)
+    if loop + 1 != len(trips):
+        raise RuntimeError(f"the kernel has {loop + 1} loops, not {len(trips)}")
+    return times
 
 
 def _round(value: float) -> float:

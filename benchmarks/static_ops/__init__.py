@@ -8,8 +8,8 @@ A builder runs in the child process of its program, with the compilers of its to
 described, not attached; `args` are the command line's.
 """
 
-from benchmarks.static_ops import mlstm
+from benchmarks.static_ops import mlstm, selective_scan
 
-TPU = {"mlstm": mlstm.tpu}
-GPU = {"mlstm": mlstm.GPU}
+TPU = {"mlstm": mlstm.tpu, "selective_scan": selective_scan.tpu}
+GPU = {"mlstm": mlstm.GPU, "selective_scan": selective_scan.GPU}
 GPU_ROWS = {"mlstm": mlstm.gpu_rows}

@@ -10,15 +10,25 @@ from kernels.selective_scan import context, ref, tpu, xla
 from kernels.selective_scan.ref import Inputs
 from kernels.selective_scan.xla import NEVER
 
+
+def _on_gpu(*args, **options):
+    # Imported when used: Mosaic GPU is not part of every jaxlib.
+    from kernels.selective_scan import gpu
+
+    return gpu.selective_scan(*args, **options)
+
+
 IMPLEMENTATIONS = {
     "ref": ref.selective_scan,
     "xla": xla.selective_scan,
     "tpu": tpu.selective_scan,
     "tpu_interpret": functools.partial(tpu.selective_scan, interpret=True),  # on the CPU, for tests
+    "gpu": _on_gpu,
+    "gpu_interpret": functools.partial(_on_gpu, interpret=True),
 }
 STEPS = {"ref": ref.step, "xla": ref.step}
 # Tried in this order by impl="auto"; the last one takes everything.
-AUTO = {"tpu": ("tpu", "xla"), "cpu": ("xla",)}
+AUTO = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla"), "cpu": ("xla",)}
 STEPS_AUTO = {"cpu": ("xla",)}
 
 

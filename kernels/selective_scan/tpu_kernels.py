@@ -24,8 +24,11 @@ LN2 = 0.6931471805599453
 
 
 def softplus(x):
-    """log(1 + e^x), precise to the last digits of small results."""
-    return jnp.maximum(x, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+    """log(1 + e^x). What 1 + e^-|x| rounds away is added to its logarithm, which keeps the digits
+    of small results with fewer operations than log1p."""
+    e = jnp.exp(-jnp.abs(x))
+    w = 1.0 + e
+    return (jnp.maximum(x, 0.0) + (e - (w - 1.0))) + jnp.log(w)
 
 
 def _dot(x, y, contract=(1, 0)):
@@ -38,8 +41,8 @@ def _dot(x, y, contract=(1, 0)):
 def _own(rows: int, states: int):
     """[rows, BLOCK * N]: whether a column holds a state of the row's token."""
     shape = (rows, BLOCK * states)
-    token = jax.lax.broadcasted_iota(jnp.int32, shape, 0) % BLOCK
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 1) // states == token
+    token = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, shape, 0), BLOCK)
+    return jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, shape, 1), states) == token
 
 
 def _spread(ref, columns):
@@ -47,7 +50,7 @@ def _spread(ref, columns):
     states = columns.shape[1]
     shape = (states, BLOCK * states)
     state = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    copies = jax.lax.broadcasted_iota(jnp.int32, shape, 1) % states == state
+    copies = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, shape, 1), states) == state
     for i in range(columns.shape[0]):
         tokens = min(LANES, ref.shape[0] - i * LANES)
         repeated = _dot(columns[i].astype(ref.dtype), copies.astype(ref.dtype), (0, 0))[:tokens]
@@ -59,7 +62,8 @@ class _Columns:
     """Columns of a [tokens / 128, N, 128] reference, from a first one on, repeated over lanes."""
 
     def __init__(self, ref, first, width):
-        self.turned = pltpu.roll(ref[first // LANES], -first % LANES, 1)
+        back = LANES - jax.lax.rem(first, LANES)
+        self.turned = pltpu.roll(ref[jax.lax.div(first, LANES)], jax.lax.rem(back, LANES), 1)
         self.width = width
 
     def __getitem__(self, j):
@@ -79,11 +83,12 @@ def _wide(ref, where):
 def _prepare(ref: Mapping, tokens: int):
     """Δ and Δ u of a tile in float32, and the matrices S of C."""
 
-    @pl.loop(0, tokens // BLOCK)
-    def _(i):
-        delta = softplus(_wide(ref["delta"], _here(i)) + ref["bias"][...])
-        _write(ref["step"], _here(i), delta)
-        _write(ref["input"], _here(i), delta * _wide(ref["u"], _here(i)))
+    @pl.loop(0, tokens // BLOCK // 2)
+    def _(pair):
+        for i in (2 * pair, 2 * pair + 1):
+            delta = softplus(_wide(ref["delta"], _here(i)) + ref["bias"][...])
+            _write(ref["step"], _here(i), delta)
+            _write(ref["input"], _here(i), delta * _wide(ref["u"], _here(i)))
 
     _spread(ref["readers"], ref["C"])
 
