@@ -24,8 +24,9 @@ VARIANTS = ("debug", "compare", "compare_debug", "125m", "350m", "1.5b", "1.5b_8
 # The paper's: peak 3e-3, 1 % warm-up, the last 20 % fall to 1e-5. Betas, decay and clipping are
 # not stated. Meta tokens do not decay (our choice).
 OPTIMIZER = dict(lr=3e-3, b2=0.95, weight_decay=0.1, clip=1.0, undecayed=("meta",))
-# What configs/hymba_ablations.py changes.
-HEADS = dict(fusion="mean", state=16)
+# What configs/hymba_ablations.py changes, besides the layers that see everything or share keys.
+HEADS = dict(fusion="mean", state=16, meta=16, window=64)
+LAYERS = dict(global_layers=(0, 5), groups=((1, 2), (3, 4)))
 COLUMNS = (
     "bits_per_byte/bits_per_byte", "speed/parameters", "speed/train_tokens_per_s",
     "speed/state_bytes_1024", "speed/state_bytes_8192", "speed/step_ms_1024", "speed/step_ms_8192",
@@ -40,9 +41,12 @@ def get_config(arg=""):
         return _compare(variant == "compare_debug")
     if variant not in ("", "debug"):
         return _published(variant)
-    model = dict(name="hymba", hymba=dict(size="tiny"))
-    config = language.small(model, optimizer=OPTIMIZER)
-    return language.debug(config, "debug") if variant == "debug" else config
+    node = dict(size="tiny", **HEADS, **LAYERS)
+    config = language.small(dict(name="hymba", hymba=node), optimizer=OPTIMIZER)
+    if variant == "debug":
+        language.debug(config, "debug")
+        config.model.hymba.update(global_layers=(0, 3), groups=((1, 2),), meta=8, window=16)
+    return config
 
 
 def _compare(debug: bool):

@@ -24,7 +24,7 @@ from configs.xlstm import CELL, OPTIMIZER
 # Fields that configs/xlstm_ablations.py and configs/hymba_ablations.py change are spelled out.
 MODELS = {
     "xlstm": CELL,
-    "hymba": HEADS | dict(global_layers=(0, 3), groups=((1, 2),), meta=8, window=16),
+    "hymba": HEADS | dict(meta=8, window=16, global_layers=(0, 3), groups=((1, 2),)),
     "mamba": dict(layers=4),
     "llama": dict(layers=4),
 }

@@ -1,0 +1,61 @@
+"""Hymba's design roadmap at small scale: one command trains every step of it with three seeds.
+
+    python main.py --config=configs/hymba_ablations.py:recall
+
+Aims at the paper's design roadmap (arXiv 2411.13676, table 1: commonsense, recall, throughput and
+cache of 300M models). Attention alone, Mamba alone, one after the other, side by side, then with
+windows, shared keys and meta tokens, and what happens without global layers or with the branches
+concatenated. Four layers of width 64; "3 global layers" are the first and the last one here.
+Leaves report.md, report.json and report.png in the workdir.
+
+| variant | compares by | expected sign |
+| --- | --- | --- |
+| (none), recall | associative recall: 8 keys with values in 64 tokens | Mamba far below the rest |
+| needle | 4 keys with values in 256 tokens, windows of 16 | all windows far below two global |
+| text | bits per byte, bytes of the state, tokens a second | side by side >= one after the other |
+| debug | recall with a few steps, two of the models | minutes |
+"""
+
+from configs import common
+from configs.runs import ablation
+
+NODE = "model.hymba."
+EVERYWHERE, ENDS, NOWHERE = "(0,1,2,3)", "(0,3)", "()"
+COST = ("speed/parameters", "speed/train_tokens_per_s", "speed/state_bytes_8192")
+
+
+def model(fusion="mean", everywhere=ENDS, groups="((1,2),)", meta=8):
+    """Overrides of one step of the roadmap."""
+    values = dict(fusion=fusion, global_layers=everywhere, groups=groups, meta=meta)
+    return tuple(f"{NODE}{key}={value}" for key, value in values.items())
+
+
+GROUPS = {
+    "attention": model("attention", EVERYWHERE, "()", 0),
+    "mamba": model("mamba", NOWHERE, "()", 0),
+    "one after the other": model("alternate", EVERYWHERE, "()", 0),
+    "side by side": model("mean", EVERYWHERE, "()", 0),
+    "+ windows": model(groups="()", meta=0),
+    "+ shared keys": model(meta=0),
+    "+ meta tokens": model(),
+    "no global layer": model(everywhere=NOWHERE),
+    "concatenated": model("concat"),
+}
+
+
+def get_config(arg=""):
+    """The list of runs of one comparison."""
+    variant = common.parse_arg(arg, ("recall", "needle", "text", "debug")).variant
+    if variant == "text":
+        extra = (f"{NODE}size=debug", f"{NODE}window=64", 'evals=("bits_per_byte","speed")')
+        extra += ("sample.prompts=()", "steps=300", "schedule.decay=60")
+        columns = ("bits_per_byte/bits_per_byte", *COST)
+        return ablation("configs/hymba.py", GROUPS, extra, columns)
+    columns = ("losses/held_out_accuracy", "losses/held_out_loss", *COST)
+    extra = ('evals=("losses","speed")',)
+    if variant == "debug":
+        few = {name: GROUPS[name] for name in ("mamba", "+ meta tokens")}
+        extra += ("evaluation.contexts=(64,128)",)
+        return ablation("configs/recall.py:debug,model=hymba", few, extra, columns, (0,))
+    task = "needle,model=hymba" if variant == "needle" else "model=hymba"
+    return ablation(f"configs/recall.py:{task}", GROUPS, extra, columns)
