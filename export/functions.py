@@ -44,6 +44,8 @@ def functions(model, config, params: Any) -> dict[str, Function]:
     offered = model.predict.keys()
     if {"logits", "understanding_prefix"} <= offered:
         found["text_logits"] = _text_logits(model)
+    elif {"logits", "init_state"} <= offered:  # a language model
+        found["text_logits"] = _language_logits(model)
     if drawing.possible(model.predict):
         found |= drawing.functions(model, config, params)
     return found
@@ -63,6 +65,15 @@ def _text_logits(model) -> Function:
 
     doc = "logits [1, tokens, vocabulary] after each text token of picture, question and answer"
     return Function(call, inputs, doc)
+
+
+def _language_logits(model) -> Function:
+    inputs = {"tokens": one_row(model.batches["text"]["tokens"])}
+
+    def call(params, inputs):
+        return {"logits": model.predict["logits"](params, inputs)}
+
+    return Function(call, inputs, "logits [1, tokens, vocabulary] of the token after each token")
 
 
 def serialise(function: Function, params: Mapping[str, Any]) -> tuple[bytes, dict]:

@@ -14,8 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.common import load_config
+from export.functions import functions, serialise
+from export.weights import flatten
 from inference.beam import EOS
 from inference.text import Sampling, generate
+from models import MODELS as MODELS_BY_NAME
 from models import hymba, language, llama, mamba, xlstm
 
 V = 96
@@ -173,6 +177,22 @@ def test_it_writes_what_its_scores_say(name):
         best = text(net, params, jnp.asarray([prompt + answer]))[0].argmax(-1)
         ended = [EOS] * (len(answer) < 8)
         assert best[len(prompt) - 1 :].tolist()[: len(answer) + len(ended)] == answer + ended
+
+
+@pytest.mark.parametrize("name", ["xlstm", "llama", "hymba", "mamba"])
+def test_logits_are_exported(name):
+    """For cpu, cuda and tpu; the file gives the model's own numbers."""
+    config = load_config(f"configs/{name}.py:debug", **{"data.length": 12})
+    model = MODELS_BY_NAME[name](config)
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0))[0])
+    flat = flatten(params)
+    function = functions(model, config, params)["text_logits"]
+    data, entry = serialise(function, flat)
+    assert entry["platforms"] == ["cpu", "cuda", "tpu"]
+    tokens = tokens_of(1, 12)
+    got = jax.export.deserialize(bytearray(data)).call(flat, {"tokens": tokens})["logits"]
+    want = jax.jit(model.predict["logits"])(params, {"tokens": tokens})
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_8_devices_equal_one_device():
