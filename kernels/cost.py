@@ -47,7 +47,8 @@ def _evaluate(jaxpr, consts, args, estimate):
         inputs, params = [read(x) for x in eqn.invars], eqn.params
         inner = params.get("jaxpr", params.get("call_jaxpr"))
         if eqn.primitive.name == "pallas_call":
-            params = params | dict(cost_estimate=estimate(params["name"]))
+            # Metadata would break the kernel's line in the program's text, which dry runs read.
+            params = params | dict(cost_estimate=estimate(params["name"]), metadata=None)
             with jax.named_scope(params["name"]):  # profiles call it so
                 out = eqn.primitive.bind(*inputs, **params)
         elif isinstance(inner, core.ClosedJaxpr) and len(inner.jaxpr.invars) == len(inputs):

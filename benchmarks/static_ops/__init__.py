@@ -8,8 +8,8 @@ A builder runs in the child process of its program, with the compilers of its to
 described, not attached; `args` are the command line's.
 """
 
-from benchmarks.static_ops import mlstm, selective_scan
+from benchmarks.static_ops import attention, mlstm, selective_scan, ssd
 
-TPU = {"mlstm": mlstm.tpu, "selective_scan": selective_scan.tpu}
-GPU = {"mlstm": mlstm.GPU, "selective_scan": selective_scan.GPU}
-GPU_ROWS = {"mlstm": mlstm.gpu_rows}
+TPU = {**attention.TPU, "mlstm": mlstm.tpu, "selective_scan": selective_scan.tpu, "ssd": ssd.tpu}
+GPU = {"mlstm": mlstm.GPU, "selective_scan": selective_scan.GPU, "ssd": ssd.GPU}
+GPU_ROWS = {"mlstm": mlstm.gpu_rows, "ssd": ssd.gpu_rows}
