@@ -1,8 +1,9 @@
 """The selective scan in plain JAX: chunks of tokens with the state between them, written gradient.
 
-Inside a chunk the decays a_t = exp(Δ_t A) and what is written, b_t = Δ_t u_t B_t, are computed for
-all its tokens; then h_t = a_t h_{t-1} + b_t, one token after another where a loop costs little
-(CPUs) or as an associative scan. Nothing is divided by products of decays: that would overflow.
+With the decays a_t = exp(Δ_t A) and what is written, b_t = Δ_t u_t B_t, a state is
+h_t = a_t h_{t-1} + b_t. Where a loop costs little (CPUs) a chunk is a loop over its tokens, whose
+few arrays stay in the caches; elsewhere a_t and b_t of all its tokens are there at once and the
+states are an associative scan. Nothing is divided by products of decays: that would overflow.
 
 Gradient, with G_t that of h_t, s = sum over states, dy that before the gate:
 
@@ -38,9 +39,8 @@ def selective_scan(
     inputs: Inputs, *, chunk: int | None = None, in_turn: bool | None = None
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
     """The reference's function; chunk: tokens whose states are in memory at the same time;
-    in_turn: whether they are computed one after another or as an associative scan.
-
-    On CPUs 16 tokens keep them in the caches; elsewhere 64 make an associative scan worthwhile.
+    in_turn: whether they are computed one after another or as an associative scan. On CPUs 16
+    tokens in turn are fastest; elsewhere 64 make an associative scan worthwhile.
     """
     if in_turn is None:
         in_turn = dispatch.platform() == "cpu"
@@ -102,15 +102,8 @@ def _terms(inputs: Inputs, chunk: Chunk) -> Terms:
     return Terms(delta, a, jnp.where(fresh, 0.0, a), b, jnp.where(fresh, a * inputs.reset, 0.0))
 
 
-def _recurrence(options: Options, a, b, h, reverse=False):
+def _recurrence(a, b, h, reverse=False):
     """All x_t = a_t x_{t-1} + b_t (reverse: of x_{t+1}), x before the first being h."""
-    if options.in_turn:
-
-        def body(h, token):
-            h = token[0] * h + token[1]
-            return h, h
-
-        return jax.lax.scan(body, h, (a, b), reverse=reverse)[1]
 
     def then(first, second):
         return first[0] * second[0], second[0] * first[1] + second[1]
@@ -134,8 +127,11 @@ def _run(options, inputs: Inputs):
     """((y, last state), state before every chunk)."""
 
     def body(h, chunk):
+        if options.in_turn:
+            last, y = jax.lax.scan(functools.partial(_token, inputs), h, chunk)
+            return last, (y, h)
         terms = _terms(inputs, chunk)
-        states = _recurrence(options, terms.kept, terms.b + terms.start, h)
+        states = _recurrence(terms.kept, terms.b + terms.start, h)
         y = _ungated(inputs, chunk, states)
         if chunk.z is not None:
             y = y * jax.nn.silu(chunk.z.astype(y.dtype))
@@ -158,9 +154,11 @@ def _backward(options, residuals, cotangents):
     dy = jnp.moveaxis(jnp.pad(dy, ((0, 0), pad, (0, 0))), 1, 0)
     dy = dy.reshape(-1, length, *dy.shape[1:])
 
+    gradients = _gradients_in_turn if options.in_turn else _gradients
+
     def body(carry, given):
         dh, sums = carry
-        tokens, dh, added = _gradients(options, inputs, *given, dh)
+        tokens, dh, added = gradients(inputs, *given, dh)
         return (dh, jax.tree.map(jnp.add, sums, added)), tokens
 
     weights = (inputs.A, inputs.D, inputs.bias, inputs.reset)
@@ -172,11 +170,11 @@ def _backward(options, residuals, cotangents):
     return (Inputs(*tokens, None, dA, dD, dbias, dh, dreset),)
 
 
-def _gradients(options, inputs: Inputs, chunk: Chunk, before, dout, dh):
+def _gradients(inputs: Inputs, chunk: Chunk, before, dout, dh):
     """((du, ddelta, dB, dC, dz), gradient of the state before the chunk, those of the weights)."""
     wide, terms = inputs.wide, _terms(inputs, chunk)
     u, B, C, dy = (x.astype(wide) for x in (chunk.u, chunk.B, chunk.C, dout))
-    h = _recurrence(options, terms.kept, terms.b + terms.start, before)
+    h = _recurrence(terms.kept, terms.b + terms.start, before)
     dz = None
     if chunk.z is not None:
         z = chunk.z.astype(wide)
@@ -184,7 +182,7 @@ def _gradients(options, inputs: Inputs, chunk: Chunk, before, dout, dh):
         dz = dy * _ungated(inputs, chunk, h) * gate * (1 + z * (1 - gate))
         dz, dy = dz.astype(chunk.z.dtype), dy * z * gate
     after = jnp.concatenate([terms.kept[1:], jnp.ones_like(terms.kept[:1])])
-    G = _recurrence(options, after, C[..., None] * dy[:, :, None], dh, reverse=True)
+    G = _recurrence(after, C[..., None] * dy[:, :, None], dh, reverse=True)
     P = G * (h - terms.b)
     from_input = (G * B[..., None]).sum(2)
     ddelta = u * from_input + (P * inputs.A).sum(2)
@@ -200,6 +198,73 @@ def _gradients(options, inputs: Inputs, chunk: Chunk, before, dout, dh):
     grads = ((du, chunk.u), (ddelta, chunk.delta), (dB, chunk.B), (dC, chunk.C))
     tokens = (*(d.astype(x.dtype) for d, x in grads), dz)
     return tokens, terms.kept[0] * G[0], (*weights, ddelta.sum((0, 1)), dreset)
+
+
+def _next(inputs: Inputs, h, u, delta, B, fresh):
+    """The state after a token: u, delta [b, e] (Δ itself), B [b, n], all wide."""
+    if fresh is not None:
+        h = jnp.where(fresh[:, None, None], inputs.reset, h)
+    return jnp.exp(delta[:, None] * inputs.A) * h + (delta * u)[:, None] * B[..., None]
+
+
+def _token(inputs: Inputs, h, token: Chunk):
+    """(state after one token, y)."""
+    wide = inputs.wide
+    u, B, C = (x.astype(wide) for x in (token.u, token.B, token.C))
+    delta = jax.nn.softplus(token.delta.astype(wide) + inputs.bias)
+    h = _next(inputs, h, u, delta, B, token.fresh)
+    y = (h * C[..., None]).sum(1) + inputs.D * u
+    if token.z is not None:
+        y = y * jax.nn.silu(token.z.astype(wide))
+    return h, y.astype(inputs.u.dtype)
+
+
+def _gradients_in_turn(inputs: Inputs, chunk: Chunk, before, dout, dh):
+    """What _gradients gives: the chunk's states first, then its tokens from the last one."""
+    wide = inputs.wide
+    u, B, C, dy = (x.astype(wide) for x in (chunk.u, chunk.B, chunk.C, dout))
+    delta = jax.nn.softplus(chunk.delta.astype(wide) + inputs.bias)
+
+    def forward(h, token):
+        h = _next(inputs, h, *token)
+        return h, h
+
+    states = jax.lax.scan(forward, before, (u, delta, B, chunk.fresh))[1]
+
+    def backward(carry, token):
+        G, dA, dreset = carry  # G: what later tokens want of this one's state
+        u, delta, B, C, dy, z, fresh, h = token
+        dz = None
+        if z is not None:
+            y, z = (h * C[..., None]).sum(1) + inputs.D * u, z.astype(wide)
+            gate = jax.nn.sigmoid(z)
+            dz, dy = dy * y * gate * (1 + z * (1 - gate)), dy * z * gate
+        G = G + C[..., None] * dy[:, None]
+        P = G * (h - (delta * u)[:, None] * B[..., None])
+        from_input = (G * B[..., None]).sum(1)
+        grads = (
+            delta * from_input + inputs.D * dy,
+            u * from_input + (P * inputs.A).sum(1),
+            (G * (delta * u)[:, None]).sum(-1),
+            (h * dy[:, None]).sum(-1),
+        )
+        dA = dA + (P * delta[:, None]).sum(0)
+        G = jnp.exp(delta[:, None] * inputs.A) * G
+        if fresh is not None:
+            began = jnp.where(fresh[:, None, None], G, 0.0)
+            G = jnp.where(fresh[:, None, None], 0.0, G)
+            dreset += began if len(dreset) == len(began) else began.sum(0, keepdims=True)
+        return (G, dA, dreset), (*grads, dz, (u * dy).sum(0))
+
+    start = (dh, jnp.zeros_like(inputs.A), jnp.zeros_like(inputs.reset))
+    tokens = (u, delta, B, C, dy, chunk.z, chunk.fresh, states)
+    (dh, dA, dreset), found = jax.lax.scan(backward, start, tokens, reverse=True)
+    du, ddelta, dB, dC, dz, dD = found
+    ddelta = ddelta * jax.nn.sigmoid(chunk.delta.astype(wide) + inputs.bias)
+    grads = (du, ddelta, dB, dC, dz)
+    types = (chunk.u, chunk.delta, chunk.B, chunk.C, chunk.z)
+    tokens = tuple(d if d is None else d.astype(x.dtype) for d, x in zip(grads, types))
+    return tokens, dh, (dA, dD.sum(0), ddelta.sum((0, 1)), dreset)
 
 
 _scan.defvjp(_forward, _backward)
