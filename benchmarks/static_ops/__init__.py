@@ -12,4 +12,4 @@ from benchmarks.static_ops import attention, mlstm, selective_scan, ssd
 
 TPU = {**attention.TPU, "mlstm": mlstm.tpu, "selective_scan": selective_scan.tpu, "ssd": ssd.tpu}
 GPU = {"mlstm": mlstm.GPU, "selective_scan": selective_scan.GPU, "ssd": ssd.GPU}
-GPU_ROWS = {"mlstm": mlstm.gpu_rows, "ssd": ssd.gpu_rows}
+GPU_ROWS = {"mlstm": mlstm.gpu_rows, "selective_scan": selective_scan.gpu_rows, "ssd": ssd.gpu_rows}

@@ -107,7 +107,75 @@ def _whole(backward: bool, topology, device, args) -> static.GpuProgram:
     )
 
 
+def _token(device, rows: int):
+    """(u, delta, A, B, C, D, z, bias) of one token."""
+    import jax
+
+    def one(x):
+        shape = (rows, x.shape[2]) if x.ndim == 3 else x.shape
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+
+    return [one(x) for x in arrays(device, 1)]
+
+
+def _states(like, *lead: int):
+    import jax
+    import jax.numpy as jnp
+
+    shape = (*lead, CHANNELS, STATES)
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=like.sharding)
+
+
+def _step_call(impl: str, u, delta, A, B, C, D, z, bias, h):
+    from kernels.selective_scan import selective_scan_step
+
+    return selective_scan_step(u, delta, A, B, C, D, h, z=z, delta_bias=bias, impl=impl)
+
+
+def _step(topology, device, args) -> static.GpuProgram:
+    """One token of one row: A and the state in, the state out."""
+    inputs = _token(device, 1)
+    moved = 3 * 4 * CHANNELS * STATES
+    return static.GpuProgram(
+        function=functools.partial(_step_call, "gpu"),
+        arrays=[*inputs, _states(inputs[0], 1)],
+        kernels=["step"],
+        columns=dict(ms_memory=round(moved / topology.chip.hbm_rate * 1e3, 5)),
+        temporaries=False,
+    )
+
+
+def gpu_rows(topology, device, args) -> list[dict]:
+    """Passes over the states in a scan over layers, as models call the step; 8 rows, so that no
+    other array has their size."""
+    import jax
+
+    from benchmarks.gpu_static import passes
+
+    layers, rows, found = 32, 8, []
+    u, delta, A, B, C, D, z, bias = _token(device, rows)
+    weights, states = _states(u, layers), _states(u, layers, rows)
+
+    for impl in ("xla", "gpu"):
+
+        def whole(u, A, h, *others, impl=impl):
+            delta, B, C, D, z, bias = others
+
+            def body(u, layer):
+                return _step_call(impl, u, delta, layer[0], B, C, D, z, bias, layer[1])
+
+            return jax.lax.scan(body, u, (A, h))
+
+        given = (u, weights, states, delta, B, C, D, z, bias)
+        text = static.compile_gpu(topology, device, whole, *given, donate=2).as_text()
+        inside, around = passes(text, rows * CHANNELS * STATES, layers)
+        row = dict(program="step", rows=rows, impl=impl, passes_in_scan=inside)
+        found.append(row | dict(passes_around_scan=around))
+    return found
+
+
 GPU = {
     "forward": functools.partial(_whole, False),
     "forward + backward": functools.partial(_whole, True),
+    "step": _step,
 }

@@ -18,6 +18,12 @@ def _on_gpu(*args, **options):
     return gpu.selective_scan(*args, **options)
 
 
+def _step_on_gpu(*args, **options):
+    from kernels.selective_scan import gpu_step
+
+    return gpu_step.step(*args, **options)
+
+
 IMPLEMENTATIONS = {
     "ref": ref.selective_scan,
     "xla": xla.selective_scan,
@@ -26,10 +32,15 @@ IMPLEMENTATIONS = {
     "gpu": _on_gpu,
     "gpu_interpret": functools.partial(_on_gpu, interpret=True),
 }
-STEPS = {"ref": ref.step, "xla": ref.step}
+STEPS = {
+    "ref": ref.step,
+    "xla": ref.step,  # one fusion over the state, in place
+    "gpu": _step_on_gpu,
+    "gpu_interpret": functools.partial(_step_on_gpu, interpret=True),
+}
 # Tried in this order by impl="auto"; the last one takes everything.
 AUTO = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla"), "cpu": ("xla",)}
-STEPS_AUTO = {"cpu": ("xla",)}
+STEPS_AUTO = {"gpu": ("gpu", "xla"), "cpu": ("xla",)}
 
 
 def selective_scan(

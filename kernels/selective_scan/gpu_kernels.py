@@ -29,7 +29,7 @@ _STATE = plgpu.Layout.TILED(
     plgpu.Tiling(((CHANNELS, STATES), (8, STATES), (4,))), warp_dims=(-5,), lane_dims=(-3, -2),
     vector_dim=-1,
 )  # fmt: skip
-_CHANNEL, _OF_STATES = _STATE.reduce(1), _STATE.reduce(0)
+LAYOUTS = _STATE, _CHANNEL, _OF_STATES = _STATE, _STATE.reduce(1), _STATE.reduce(0)
 # Tokens and channels [64, 32] for what has no state: a warp has 4 tokens, a token 8 threads.
 _TOKENS = plgpu.Layout.TILED(
     plgpu.Tiling(((16, CHANNELS), (4, CHANNELS), (4,))), warp_dims=(-5,), lane_dims=(-3, -2),

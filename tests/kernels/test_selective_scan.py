@@ -207,6 +207,25 @@ def test_checks_1_to_3_gpu_equals_ref(shape, packed, dtype, tolerance):
     CHECKS.assert_trees_close(got, want, tolerance)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-8)])
+@pytest.mark.parametrize("gated", [True, False])
+def test_check_4_a_gpu_step_is_the_definition(dtype, tolerance, gated):
+    """In the interpreter; y is rounded to the type of u, the states are float32 either way."""
+    shape = (3, 1, 64, 16, 1)
+    u, delta, z, B, C, A, D, bias, _ = CHECKS.token(tensors(shape, dtype), 0)
+    options = dict(z=z if gated else None, delta_bias=bias)
+    one = (u, delta, A, B, C, D, *CHECKS.state(shape))
+    y, h = selective_scan_step(*one, **options, impl="gpu_interpret")
+    want, want_h = selective_scan_step(*one, **options, impl="ref")
+    assert y.dtype == dtype
+    assert_close(y, want, tolerance)
+    assert_close(h, want_h, 1e-6)
+    with pytest.raises(NotSupported, match="takes 16 states and a multiple of 32 channels"):
+        selective_scan_step(u[:, :8], delta[:, :8], A[:8], B, C, D[:8], one[-1][:, :8], impl="gpu")
+    with pytest.raises(NotSupported, match="takes Hopper"):
+        selective_scan_step(*one, **options, impl="gpu")
+
+
 def test_packed_documents_equal_separate_rows():
     """float64: values and gradients, every document from the reset state, boundaries inside
     chunks; what comes before a boundary does not matter, also where the state would overflow."""
