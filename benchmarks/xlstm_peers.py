@@ -326,12 +326,12 @@ def state_bytes(cfg: xlstm.XLSTMConfig) -> int:
 
 
 @contextlib.contextmanager
-def peers(args, names):
+def peers(args, names, script="xlstm_torch.py"):
     """A process for each name."""
     with contextlib.ExitStack() as stack:
         found = {}
         for name in names:
-            found[name] = cpu_peers.Peer(args.torch_python, "xlstm_torch.py")
+            found[name] = cpu_peers.Peer(args.torch_python, script)
             stack.callback(found[name].close)
         yield found
 

@@ -152,10 +152,13 @@ KINDS = {
 class Side:
     """What stdin talks to."""
 
+    def __init__(self, kinds=KINDS):
+        self.kinds = kinds
+
     def build(self, kind: str, threads: int, **options):
-        """One of KINDS; returns its packages' versions."""
+        """One of the kinds; returns its packages' versions."""
         torch.set_num_threads(threads)
-        make, package = KINDS[kind]
+        make, package = self.kinds[kind]
         self.peer = make(**options)
         framework = "jax" if kind == "jax" else "torch"
         return {name: metadata.version(name) for name in (framework, package)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, common, cross_entropy, gpu_static, xlstm_peers
+from benchmarks import accelerator, common, cross_entropy, gpu_static, scan_peers, xlstm_peers
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = re.compile(r"python -m benchmarks\.(\w+)([^`\n|]*)")
@@ -144,6 +144,17 @@ def test_xlstm_alone():
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("mlstm_kernels"), reason="needs the bench extra")
+def test_scan_peers_measure_ours():
+    """The sections without another side: three ways of a scan agree, chunks keep least."""
+    argv = ["--what", "associative", "window", "--tiny", "--rounds=2"]
+    ways, window = scan_peers.run(scan_peers.arguments(argv))
+    assert ways["largest_difference"] < 1e-5
+    bytes_of = ways["temp_bytes"]
+    assert bytes_of["chunks"] < bytes_of["token by token"] < bytes_of["one associative scan"]
+    assert ways["one associative scan / chunks"]["median"] > 0
+    assert window["whole row / window of 8"]["median"] > 0
+
+
 def test_xlstm_peers_compute_the_same():
     argv = ["--tiny", "--rounds=1", "--what", "cell", "model"]
     rows = xlstm_peers.run(xlstm_peers.arguments(argv))
