@@ -143,7 +143,6 @@ def test_xlstm_alone():
     assert set(context["seconds"]) == {"16", "256"}
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("mlstm_kernels"), reason="needs the bench extra")
 def test_scan_peers_measure_ours():
     """The sections without another side: three ways of a scan agree, chunks keep least."""
     argv = ["--what", "associative", "window", "--tiny", "--rounds=2"]
@@ -155,6 +154,7 @@ def test_scan_peers_measure_ours():
     assert window["whole row / window of 8"]["median"] > 0
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("mlstm_kernels"), reason="needs the bench extra")
 def test_xlstm_peers_compute_the_same():
     argv = ["--tiny", "--rounds=1", "--what", "cell", "model"]
     rows = xlstm_peers.run(xlstm_peers.arguments(argv))
