@@ -9,6 +9,14 @@ import jax
 from jax.experimental import pallas as pl
 from jax.extend import core
 
+# Calls that are written out, and their parameter with what is called.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+
 
 def with_estimates(function: Callable, estimate: Callable[[str], pl.CostEstimate]) -> Callable:
     """function(arrays, rest), whose Pallas kernels carry estimate(name of the kernel), those of its
@@ -45,13 +53,12 @@ def _evaluate(jaxpr, consts, args, estimate):
 
     for eqn in jaxpr.eqns:
         inputs, params = [read(x) for x in eqn.invars], eqn.params
-        inner = params.get("jaxpr", params.get("call_jaxpr"))
         if eqn.primitive.name == "pallas_call":
             # Metadata would break the kernel's line in the program's text, which dry runs read.
             params = params | dict(cost_estimate=estimate(params["name"]), metadata=None)
             with jax.named_scope(params["name"]):  # profiles call it so
                 out = eqn.primitive.bind(*inputs, **params)
-        elif isinstance(inner, core.ClosedJaxpr) and len(inner.jaxpr.invars) == len(inputs):
+        elif inner := params.get(CALLS.get(eqn.primitive.name)):
             out = _evaluate(inner.jaxpr, inner.consts, inputs, estimate)
         else:
             out = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))

@@ -67,7 +67,7 @@ def attention(
         query_offset=mask.query_offset,
     )
     plan = Plan(queries, keys, rows, columns, static, ranges is not None)
-    kernel = _kernel(plan, softcap, interpret)
+    kernel = _kernel(plan, softcap or None, interpret)
 
     def lay(x, length):
         """[B, heads, length, width]: whole blocks and a width that the compiler takes."""
