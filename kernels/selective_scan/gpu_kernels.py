@@ -55,6 +55,11 @@ class Options(NamedTuple):
     shared_reset: bool  # one reset state for all rows
     interpret: bool
 
+    @property
+    def unroll(self) -> int:
+        """Tokens that a loop's body spells out; for the interpreter short programs matter."""
+        return 1 if self.interpret else UNROLL
+
 
 def softplus(x):
     """log(1 + e^x) by the series of the inverse hyperbolic tangent: the hardware's logarithm loses
@@ -183,8 +188,8 @@ def forward(options: Options, length, *refs):
         plgpu.commit_smem()
 
         def some(i, h):
-            for j in range(UNROLL):
-                t = i * UNROLL + j
+            for j in range(options.unroll):
+                t = i * options.unroll + j
                 if options.packed:
                     h = jnp.where(fresh(ref, row, k, t), reset, h)
                 _, h = token(step, written, at["B"], A, h, t)
@@ -192,7 +197,7 @@ def forward(options: Options, length, *refs):
                 rows.at[t][...] = (C * h).sum(1)
             return h
 
-        h = lax.fori_loop(0, TILE // UNROLL, some, h)
+        h = lax.fori_loop(0, TILE // options.unroll, some, h)
         plgpu.commit_smem()
         y = tile(rows) + spread(D, (TILE, CHANNELS), 1) * tile(at["u"])
         if options.gated:
@@ -255,8 +260,8 @@ def backward(options: Options, length, *refs):
         new = functools.partial(fresh, ref, row, k)
 
         def again(i, h):
-            for j in range(UNROLL):
-                t = i * UNROLL + j
+            for j in range(options.unroll):
+                t = i * options.unroll + j
                 if options.packed:
                     h = jnp.where(new(t), reset, h)
                 _, h = token(step, written, at["B"], A, h, t)
@@ -266,7 +271,7 @@ def backward(options: Options, length, *refs):
                     rows.at[t][...] = (C * h).sum(1)
             return h
 
-        lax.fori_loop(0, TILE // UNROLL, again, h)
+        lax.fori_loop(0, TILE // options.unroll, again, h)
         out_is_read()
         if ahead:
 
@@ -287,8 +292,8 @@ def backward(options: Options, length, *refs):
 
         def back(i, carry):
             dh, dA, dreset = carry
-            for j in range(UNROLL):
-                t = TILE - 1 - (i * UNROLL + j)
+            for j in range(options.unroll):
+                t = TILE - 1 - (i * options.unroll + j)
                 delta = spread(load(step.at[t], _CHANNEL), shape, 0)
                 C = spread(load(at["C"].at[t], _OF_STATES), shape, 1)
                 G = C * spread(load(dy.at[t], _CHANNEL), shape, 0) + dh
@@ -308,7 +313,7 @@ def backward(options: Options, length, *refs):
             return dh, dA, dreset
 
         dh, dA, dreset, dD, dbias = carry
-        dh, dA, dreset = lax.fori_loop(0, TILE // UNROLL, back, (dh, dA, dreset))
+        dh, dA, dreset = lax.fori_loop(0, TILE // options.unroll, back, (dh, dA, dreset))
         plgpu.commit_smem()
         over_channels(sums.at[0], hs.at[pl.ds(1, TILE)], written)
         plgpu.commit_smem()

@@ -171,7 +171,7 @@ def _call(kernel, options, plan: _Plan, inputs: Mapping, outputs: Mapping, scrat
     moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *shapes))
     flops, exps = work
     found = pl.pallas_call(
-        functools.partial(kernel, plan.tile, names),
+        functools.partial(kernel, plan.tile, not options.interpret, names),
         grid=plan.grid,
         in_specs=[spec for _, spec in inputs.values()],
         out_specs=[spec for _, spec in outputs.values()],

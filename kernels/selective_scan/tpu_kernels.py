@@ -67,7 +67,10 @@ class _Columns:
         self.width = width
 
     def __getitem__(self, j):
-        column = self.turned[:, j : j + 1]
+        if isinstance(j, int):
+            column = self.turned[:, j : j + 1]
+        else:  # the interpreter's loop; the compiler knows no such slice
+            column = jax.lax.dynamic_slice_in_dim(self.turned, j, 1, axis=1)
         return jnp.broadcast_to(column, (column.shape[0], self.width))
 
 
@@ -131,11 +134,26 @@ def _fresh(ref: Mapping, token):
     return ref["fresh"][0, token] != 0
 
 
-def _advance(ref: Mapping, i, h, H):
+def _in_turn(body, carry, spelled: bool, reverse=False):
+    """body(j, carry) for every token of a block. Spelled out, tokens overlap; as a loop it is a
+    short program for the interpreter."""
+
+    def at(j):
+        return BLOCK - 1 - j if reverse else j
+
+    if not spelled:
+        return jax.lax.fori_loop(0, BLOCK, lambda j, carry: body(at(j), carry), carry)
+    for j in range(BLOCK):
+        carry = body(at(j), carry)
+    return carry
+
+
+def _advance(ref: Mapping, i, h, H, spelled: bool):
     """The state after block i; those after each token go to H."""
     first, states = i * BLOCK, h.shape[0]
     B = _Columns(ref["B"], first, h.shape[1])
-    for j in range(BLOCK):
+
+    def body(j, h):
         if "fresh" in ref:
             h = jnp.where(_fresh(ref, first + j), ref["reset"][...], h)
         a = jnp.exp2(_row(ref["step"], first + j, states) * ref["A"][...])
@@ -144,7 +162,9 @@ def _advance(ref: Mapping, i, h, H):
             _store(H, j, h)
         if "states" in ref:
             _store(ref["states"], first + j + 1, h)
-    return h
+        return h
+
+    return _in_turn(body, h, spelled)
 
 
 def _ungated(ref: Mapping, i, H):
@@ -173,7 +193,7 @@ def _in_pairs(count: int, start, carry, finish, reverse=False):
     return carry
 
 
-def forward(tokens: int, names: Sequence[str], *refs):
+def forward(tokens: int, spelled: bool, names: Sequence[str], *refs):
     """y of the tile and the state after it; the state before it if it is to be kept."""
     ref = dict(zip(names, refs, strict=True))
 
@@ -187,7 +207,7 @@ def forward(tokens: int, names: Sequence[str], *refs):
     H = ref["even"], ref["odd"]
 
     def start(i, h, buffer):
-        return _advance(ref, i, h, H[buffer])
+        return _advance(ref, i, h, H[buffer], spelled)
 
     def finish(i, buffer):
         y = _ungated(ref, i, H[buffer])
@@ -199,7 +219,7 @@ def forward(tokens: int, names: Sequence[str], *refs):
     ref["h"][...] = _in_pairs(tokens // BLOCK, start, ref["h"][...], finish)
 
 
-def backward(tokens: int, names: Sequence[str], *refs):
+def backward(tokens: int, spelled: bool, names: Sequence[str], *refs):
     """Gradients of a tile from those of its y and of the state after it; tiles come in reverse.
 
     G_t is the gradient of h_t, P_t = a_t G_t times the state that token t meets. Sums over tiles of
@@ -216,7 +236,7 @@ def backward(tokens: int, names: Sequence[str], *refs):
 
     _prepare(ref, tokens)
     _spread(ref["writers"], ref["B"])
-    _again(ref, tokens)
+    _again(ref, tokens, spelled)
     states, dtype = ref["A"].shape[0], ref["u"].dtype
     own = _own(BLOCK, states)
     ones = jnp.where(own, 1.0, 0.0).astype(dtype)
@@ -225,8 +245,9 @@ def backward(tokens: int, names: Sequence[str], *refs):
     def start(i, carry, buffer):
         first = i * BLOCK
         C = _Columns(ref["C"], first, ref["A"].shape[1])
-        dh, dA, dreset = carry
-        for j in reversed(range(BLOCK)):
+
+        def body(j, carry):
+            dh, dA, dreset = carry
             delta = _row(ref["step"], first + j, states)
             h = _rows(ref["states"], _states_of(first + j, states))
             dh = C[j] * _row(ref["dy"], first + j, states) + dh
@@ -239,9 +260,10 @@ def backward(tokens: int, names: Sequence[str], *refs):
             dP = dh * h
             if "fresh" in ref:
                 dh = jnp.where(new, 0.0, dh)
-            dA = dA + dP * delta
             _store(P[buffer], j, dP * ref["A"][...])
-        return dh, dA, dreset
+            return dh, dA + dP * delta, dreset
+
+        return _in_turn(body, carry, spelled, reverse=True)
 
     def finish(i, buffer):
         here, u = _here(i), _wide(ref["u"], _here(i))
@@ -275,14 +297,14 @@ def backward(tokens: int, names: Sequence[str], *refs):
     ref["dbias"][...] += ref["bias parts"][...].sum(0, keepdims=True)
 
 
-def _again(ref: Mapping, tokens: int):
+def _again(ref: Mapping, tokens: int, spelled: bool):
     """The states of a tile once more, and with them dz and dy before the gate."""
     h = ref["before"][...]
     _store(ref["states"], 0, h)
     H = (ref["even"], ref["odd"]) if "z" in ref else (None, None)
 
     def start(i, h, buffer):
-        return _advance(ref, i, h, H[buffer])
+        return _advance(ref, i, h, H[buffer], spelled)
 
     def finish(i, buffer):
         dy = _wide(ref["dout"], _here(i))

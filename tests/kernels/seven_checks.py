@@ -169,7 +169,9 @@ class SevenChecks(abc.ABC):
         """2e-4, through inputs and states, also with sizes that are not whole lanes."""
         shape = gradient_shape
         given = self.inputs(shape), self.state(shape)
-        options = dict(segment_ids=self.documents(shape) if documents else None, chunk=shape[-1])
+        options = dict(
+            segment_ids=self.documents(shape) if documents else None, chunk=self.chunk(shape, impl)
+        )
         grads = (self.gradient(*given, impl=x, **options) for x in (impl, "ref"))
         self.assert_trees_close(*grads, 2e-4)
 
