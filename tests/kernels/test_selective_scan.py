@@ -52,8 +52,9 @@ class TestSelectiveScan(SevenChecks):
     MESHES = (
         ("xla", dict(data=2, fsdp=1, tensor=2, seq=2)),
         ("xla", dict(data=1, fsdp=1, tensor=1, seq=8)),
+        ("tpu_interpret", dict(data=1, fsdp=2, tensor=2, seq=2)),
     )
-    MESH_SHAPE = (2, 64, 8, 16, 16)
+    MESH_SHAPE = (2, 64, 8, 16, 32)
 
     inputs = staticmethod(tensors)
 
