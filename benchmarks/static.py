@@ -32,6 +32,7 @@ class TpuKernel(NamedTuple):
     # 1024 numbers for the whole call; 0 where others bind.
     vector: float = 0.0
     exponentials: float = 0.0
+    parallel: bool = True  # whether a chip's cores may divide the grid
 
 
 class TpuOp(NamedTuple):

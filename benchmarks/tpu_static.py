@@ -65,11 +65,13 @@ def one(args) -> list[dict]:
     from training import hlo, topology
 
     where = topology.parse(args.topology)
-    op = static_ops.TPU[args.op](where, topology.devices(where)[0], args)
+    device = topology.devices(where)[0]
+    op = static_ops.TPU[args.op](where, device, args)
     label = dict(op=args.op)
 
     def compiled(program):
-        text = jax.jit(program.function).lower(*program.arrays).compile().as_text()
+        with jax.set_mesh(jax.sharding.Mesh([device], ("data",))):  # ops see what they run on
+            text = jax.jit(program.function).lower(*program.arrays).compile().as_text()
         return hlo.analyse(text, 1)
 
     programs = {what: compiled(program) for what, program in op.programs.items()}
@@ -86,7 +88,8 @@ def one(args) -> list[dict]:
         matrix, memory = work.flops / chip.peak, work.moved / chip.hbm_rate
         slots = max(kernel.vector / capacity["VALU"], kernel.exponentials / capacity["EUP"])
         vector = slots / chip.clock / cores
-        seconds = kernel.steps * schedule["bundles"] / chip.clock / cores
+        seconds = kernel.steps * schedule["bundles"] / chip.clock
+        seconds /= cores if kernel.parallel else 1
         times[row] = _round(max(seconds, memory) * 1e3)
         found.append(
             label

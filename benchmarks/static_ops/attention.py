@@ -58,7 +58,8 @@ def tpu(window: int | None, topology, device, args) -> static.TpuOp:
     names, sizes = ("fwd", "dq", "dkv"), (256, 512, 1024)
     return static.TpuOp(
         columns=dict(block=block),
-        kernels={x: static.TpuKernel(f"splash_mha_{x}", steps) for x in names},
+        # Gradients of the keys are added up over heads: no part of that grid is parallel.
+        kernels={x: static.TpuKernel(f"splash_mha_{x}", steps, parallel=x != "dkv") for x in names},
         programs={"forward": forward(0), "forward + backward": gradient(0)},
         uses={"forward": names[:1], "forward + backward": names},
         xla={
