@@ -15,5 +15,6 @@ def pytest_generate_tests(metafunc):
         documents=(False, True),
         cut=(1, 16, 20),
     )
-    for name in values.keys() & set(metafunc.fixturenames):
-        metafunc.parametrize(name, values[name])
+    for name, choices in values.items():  # in the same order in every process
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, choices)
