@@ -45,7 +45,7 @@ def gradient(impl: str, chunk=None):
 
 
 def tpu(topology, device, args) -> static.TpuOp:
-    """Forward and gradient of the kernels, and of XLA at two chunks.
+    """Forward and gradient of the kernels, and of XLA at the chunk that it takes by itself.
 
     What the mathematics asks of the vector unit per state and token: forward Δ A, Δ u B, a h and a
     sum, for y a product and a sum; backward all that once more, 4 for G and P, and a product and a
@@ -77,10 +77,8 @@ def tpu(topology, device, args) -> static.TpuOp:
         },
         uses={"forward": ("forward",), "forward + backward": ("forward", "backward")},
         xla={
-            "forward": {n: static.Program(call("xla", n), inputs) for n in (16, 64)},
-            "forward + backward": {
-                n: static.Program(gradient("xla", n), weighted) for n in (16, 64)
-            },
+            "forward": {n: static.Program(call("xla", n), inputs) for n in (64,)},
+            "forward + backward": {n: static.Program(gradient("xla", n), weighted) for n in (64,)},
         },
     )
 
