@@ -54,7 +54,7 @@ def tpu(topology, device, args) -> static.TpuOp:
     from kernels.selective_scan import tpu as kernel
 
     inputs = arrays(device, args.tokens)
-    tile, width = args.chunk or kernel.TILE, kernel._width(CHANNELS)
+    tile, width = args.chunk or kernel.TILE, kernel.tile_width(CHANNELS)
     steps = args.tokens // tile * (CHANNELS // width)
     registers = args.tokens * CHANNELS * STATES / 1024
     pairs = tile // kernel.BLOCK // 2

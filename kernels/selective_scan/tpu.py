@@ -58,12 +58,12 @@ def selective_scan(
         raise NotSupported(
             f"selective_scan on TPU needs a chunk of 32, 64, 96 or a multiple of 128, not {tile}"
         )
-    width = _width(channels)
+    width = tile_width(channels)
     y, h = _scan(Options(tile, width, interpret), _padded(inputs, tile, width))
     return y[:, :length, :channels], jnp.swapaxes(h, 1, 2)[:, :channels, :states]
 
 
-def _width(channels: int) -> int:
+def tile_width(channels: int) -> int:
     """Channels of a tile: the widest of those that pad least."""
     groups = -(-channels // LANES)
     return LANES * min(GROUPS, key=lambda g: (groups + -groups % g, -g))
