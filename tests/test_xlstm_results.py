@@ -16,3 +16,23 @@ def test_the_default_run_beats_xz():
         found["bits_per_byte/bits_per_byte"] < 0.8 * found["bits_per_byte/bits_per_byte_xz_trained"]
     )
     assert abs(losses[0] - math.log(4096)) < 0.3 and losses[-1] < 0.5 * losses[0]
+
+
+def test_the_ablations_show_what_the_page_says():
+    """Signs of the specification with three seeds: (b) holds, (a) and (c) do not."""
+
+    def mean(variant, group, metric):
+        found = json.loads((RESULTS / f"{variant}.json").read_text())["groups"][group][metric]
+        assert found["n"] == 3
+        return found["mean"]
+
+    bits = "bits_per_byte/bits_per_byte"
+    for bias in (-10, -5, -2):
+        assert mean("eps", f"eps=0.01 bias={bias}", bits) < mean(
+            "eps", f"eps=1e-06 bias={bias}", bits
+        )
+    spikes, spread = "gradient_norms/spikes_per_1000", "gradient_norms/log_std"
+    assert mean("bias", "bias=-10", spikes) < 0.25 * mean("bias", "bias=0", spikes)
+    assert mean("caps", "cap a million", spread) < mean("caps", "capped", spread)
+    right = "losses/held_out_accuracy"
+    assert mean("recall", "fixed at 0", right) > mean("recall", "fixed at -10", right)
