@@ -25,18 +25,20 @@ class Blocks(NamedTuple):
     documents: Int[Array, "b t"]
 
 
-def padded(q, k, v, i, log_f, state: State, documents, chunk: int) -> Blocks:
-    """T to a multiple of `chunk`, head sizes to LANES; no documents are one document."""
+def padded(q, k, v, i, log_f, state: State, documents, chunk: int, lanes=LANES) -> Blocks:
+    """T to a multiple of `chunk`, head sizes to LANES, v's to `lanes`; no documents are one
+    document."""
     rows, length = v.shape[0], v.shape[2]
     if documents is None:
         documents = jnp.zeros((rows, length), jnp.int32)
-    q, k, v = (_pad(_pad(x, 2, chunk), 3, LANES) for x in (q, k, v))
+    q, k = (pad(pad(x, 2, chunk), 3, LANES) for x in (q, k))
+    v = pad(pad(v, 2, chunk), 3, lanes)
     if i is not None:
-        i = _pad(i.astype(jnp.float32), 2, chunk, constant_values=gates.NEVER)
-    log_f = _pad(log_f.astype(jnp.float32), 2, chunk)
-    C = _pad(_pad(state.C, 2, LANES), 3, LANES)
-    n = None if state.n is None else _pad(state.n, 2, LANES)
-    documents = _pad(documents, 1, chunk, mode="edge")
+        i = pad(i.astype(jnp.float32), 2, chunk, constant_values=gates.NEVER)
+    log_f = pad(log_f.astype(jnp.float32), 2, chunk)
+    C = pad(pad(state.C, 2, LANES), 3, lanes)
+    n = None if state.n is None else pad(state.n, 2, LANES)
+    documents = pad(documents, 1, chunk, mode="edge")
     return Blocks(q, k, v, i, log_f, State(C, n, state.m), documents)
 
 
@@ -46,7 +48,8 @@ def cropped(h, state: State, length: int, width: int, out: int):
     return h[:, :, :length, :out], State(state.C[:, :, :width, :out], n, state.m)
 
 
-def _pad(x, axis: int, multiple: int, **how):
+def pad(x, axis: int, multiple: int, **how):
+    """An axis to a multiple, with zeros or as jnp.pad is told."""
     more = -x.shape[axis] % multiple
     if not more:
         return x

@@ -24,3 +24,8 @@ class State(NamedTuple):
     C: Float[Array, "b h k v"]
     n: Float[Array, "b h k"] | None = None
     m: Float[Array, "b h"] | None = None
+
+
+def gained(v: Float[Array, "b h t v"], gain: Float[Array, "b h t"] | None):
+    """v times the gain of its token, in the type of v."""
+    return v if gain is None else (gain[..., None] * v).astype(v.dtype)

@@ -78,8 +78,7 @@ def _decays(log_f, documents) -> Rows:
     fine = jnp.cumsum(log_f - coarse, axis=-1)
     coarse = jnp.cumsum(coarse, axis=-1)
     b = coarse + fine
-    later = jnp.cumsum(log_f[..., :0:-1], axis=-1)[..., ::-1]
-    after = jnp.pad(later, [(0, 0)] * (later.ndim - 1) + [(0, 1)])
+    after = (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
     return Rows(
         r=coarse,
         c=-coarse,

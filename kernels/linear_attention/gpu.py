@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from kernels import dispatch
 from kernels.errors import NotSupported
 from kernels.linear_attention import blocks, gates, gpu_kernels
-from kernels.linear_attention.form import Form, State
+from kernels.linear_attention.form import Form, State, gained
 from kernels.linear_attention.gpu_kernels import BLOCK, ROWS, SLOTS, USERS, Product
 
 HOPPER = ("NVIDIA H100", "NVIDIA H20", "NVIDIA GH200")  # names of devices with wgmma
@@ -54,6 +54,7 @@ def linear_attention(
     state: State,
     documents: Int[Array, "b t"] | None,
     *,
+    gain: Float[Array, "b h t"] | None = None,
     chunk: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b h t v"], State]:
@@ -78,7 +79,7 @@ def linear_attention(
         packed=documents is not None,
         interpret=interpret,
     )
-    inputs = blocks.padded(q, k, v, i, log_f, state, documents, BLOCK)
+    inputs = blocks.padded(q, k, gained(v, gain), i, log_f, state, documents, BLOCK)
     h, last = _chunkwise(options, *inputs)
     return blocks.cropped(h, last, length, width, out)
 

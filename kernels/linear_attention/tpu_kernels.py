@@ -13,17 +13,18 @@ from kernels.linear_attention import gates
 
 SUBLANES = 8  # gate rows of a chunk: one float32 tile
 R, C_, W, U, BOUND, GAMMA, DOCUMENT, DDEN = range(8)  # which row is what; backward: 1 / bound
-FINE = BOUND  # without a normaliser: the rest of R
+# Without a normaliser: U times the gain (C_ would be -R), the rest of R, what v is multiplied by.
+WRITE, FINE, GAIN = C_, BOUND, DDEN
 
 
-def _dot(x, y, contract):
+def dot(x, y, contract):
     """Product over one axis of each; float32 operands in full float32."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, y, dims, precision, preferred_element_type=jnp.float32)
 
 
-def _weights(options, rows, columns):
+def weights(options, rows, columns):
     """E [L, L]: exp(r_t + c_s) where token t sees token s, else 0."""
     length = rows.shape[1]
     t = jax.lax.broadcasted_iota(jnp.int32, (length, length), 0)
@@ -31,8 +32,10 @@ def _weights(options, rows, columns):
     seen = s <= t
     if options.packed:
         seen &= columns[:, DOCUMENT : DOCUMENT + 1] == rows[DOCUMENT : DOCUMENT + 1]
-    exponent = columns[:, R : R + 1] + rows[C_ : C_ + 1]
-    if not options.normalised:
+    if options.normalised:
+        exponent = columns[:, R : R + 1] + rows[C_ : C_ + 1]
+    else:
+        exponent = columns[:, R : R + 1] - rows[R : R + 1]
         exponent += columns[:, FINE : FINE + 1] - rows[FINE : FINE + 1]
     return jnp.exp(jnp.where(seen, exponent, gates.NEVER))
 
@@ -48,7 +51,7 @@ def _diagonal(P):
     return own, jnp.where(s == t, jnp.zeros_like(P), P)
 
 
-def _start(first, state):
+def start(first, state):
     """Before the first chunk: the state of the head."""
 
     @pl.when(pl.program_id(1) == 0)
@@ -64,13 +67,13 @@ def _read(state):
 
 def forward(options, q_ref, k_ref, v_ref, rows_ref, first, h_ref, den_ref, state):
     """h of the chunk, its denominators (for the gradient) and the state after it."""
-    _start(first, state)
+    start(first, state)
     q, k, v, rows = q_ref[...], k_ref[...], v_ref[...], rows_ref[...]
     C, n = _read(state)
     columns = rows.T  # [L, 8]: a column broadcasts over lanes
     w = options.scale * columns[:, W : W + 1]
-    S = _dot(q, k, (1, 1)) * (options.scale * _weights(options, rows, columns))
-    h = w * _dot(q, C.astype(q.dtype), (1, 0)) + _dot(S.astype(v.dtype), v, (1, 0))
+    S = dot(q, k, (1, 1)) * (options.scale * weights(options, rows, columns))
+    h = w * dot(q, C.astype(q.dtype), (1, 0)) + dot(S.astype(v.dtype), v, (1, 0))
     if options.normalised:
         den = w * (q.astype(jnp.float32) * n).sum(1, keepdims=True) + S.sum(1, keepdims=True)
         h = h / (jnp.maximum(jnp.abs(den), columns[:, BOUND : BOUND + 1]) + options.eps)
@@ -83,14 +86,14 @@ def _advance(k, v, rows, columns, C, n, C_ref, n_ref):
     """The state after a chunk."""
     gamma = rows[GAMMA : GAMMA + 1, 0:1]
     ku = columns[:, U : U + 1] * k.astype(jnp.float32)
-    C_ref[...] = gamma * C + _dot(ku.astype(k.dtype), v, (0, 0))
+    C_ref[...] = gamma * C + dot(ku.astype(k.dtype), v, (0, 0))
     if n is not None:
         n_ref[...] = gamma * n + ku.sum(0, keepdims=True)
 
 
 def states(options, k_ref, v_ref, rows_ref, first, before, state):
     """Stores the state before each chunk."""
-    _start(first, state)
+    start(first, state)
     rows, (C, n) = rows_ref[...], _read(state)
     Cs_ref, ns_ref = before
     Cs_ref[...] = C.astype(Cs_ref.dtype)
@@ -103,7 +106,7 @@ def backward(options, q_ref, k_ref, v_ref, dh_ref, rows_ref, before, last,
              dq_ref, dk_ref, dv_ref, flow_ref, gradient):  # fmt: skip
     """Gradients of the chunk's q, k, v and of the state before it, from those of h and of the
     state after it; `flow` rows: <q, dq>, <k, dk>, <C', dC'> + <n', dn'> of the outgoing state."""
-    _start(last, gradient)
+    start(last, gradient)
     wide = jnp.float32
     q, k, v, rows = q_ref[...], k_ref[...], v_ref[...], rows_ref[...]
     (C, n), (dC, dn) = _read(before), _read(gradient)
@@ -111,14 +114,14 @@ def backward(options, q_ref, k_ref, v_ref, dh_ref, rows_ref, before, last,
     columns = rows.T
     w, u = options.scale * columns[:, W : W + 1], columns[:, U : U + 1]
     gamma = rows[GAMMA : GAMMA + 1, 0:1]
-    E = options.scale * _weights(options, rows, columns)
-    S = (_dot(q, k, (1, 1)) * E).astype(narrow)
+    E = options.scale * weights(options, rows, columns)
+    S = (dot(q, k, (1, 1)) * E).astype(narrow)
     dnum = dh_ref[...]
     if options.normalised:
         dnum = (dnum.astype(wide) * columns[:, BOUND : BOUND + 1]).astype(narrow)
     dC_narrow = dC.astype(narrow)
-    P = _dot(dnum, v, (1, 1))
-    from_state, from_next = _dot(dnum, C.astype(narrow), (1, 1)), _dot(v, dC_narrow, (1, 1))
+    P = dot(dnum, v, (1, 1))
+    from_state, from_next = dot(dnum, C.astype(narrow), (1, 1)), dot(v, dC_narrow, (1, 1))
     carried = (C.astype(wide) * dC).sum((0, 1), keepdims=True)
     if options.normalised:
         dden = columns[:, DDEN : DDEN + 1]
@@ -127,9 +130,9 @@ def backward(options, q_ref, k_ref, v_ref, dh_ref, rows_ref, before, last,
     P, from_next = (P * E).astype(narrow), u * from_next
     if not options.normalised:
         own, P = _diagonal(P)
-    dq = _dot(P, k, (1, 0)) + w * from_state
-    dk = _dot(P, q, (0, 0)) + from_next
-    dv = _dot(S, dnum, (0, 0)) + u * _dot(k, dC_narrow, (1, 0))
+    dq = dot(P, k, (1, 0)) + w * from_state
+    dk = dot(P, q, (0, 0)) + from_next
+    dv = dot(S, dnum, (0, 0)) + u * dot(k, dC_narrow, (1, 0))
     dv_ref[...] = dv.astype(dv_ref.dtype)
     q, k = q.astype(wide), k.astype(wide)
     # <C', dC'> + <n', dn'> of the outgoing state, without it: what came from the state before
@@ -145,6 +148,6 @@ def backward(options, q_ref, k_ref, v_ref, dh_ref, rows_ref, before, last,
     flow_ref[...] = flow.T
     wq = w * q
     dC_ref, dn_ref = gradient
-    dC_ref[...] = gamma * dC + _dot(wq.astype(narrow), dnum, (0, 0))
+    dC_ref[...] = gamma * dC + dot(wq.astype(narrow), dnum, (0, 0))
     if options.normalised:
         dn_ref[...] = gamma * dn + (wq * dden).sum(0, keepdims=True)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels.linear_attention import gates as gates_lib
-from kernels.linear_attention.form import Form, State
+from kernels.linear_attention.form import Form, State, gained
 
 CHUNK = 64
 
@@ -50,9 +50,10 @@ def linear_attention(
     state: State,
     documents: Int[Array, "b t"] | None,
     *,
+    gain: Float[Array, "b h t"] | None = None,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "b h t v"], State]:
-    """(h, last state); i, log_f in the state's type.
+    """(h, last state); i, log_f in the state's type. gain: what v is multiplied by before.
 
     official_backward of the form: the gradient of the mLSTM's authors' kernels: the denominator is
     a constant in it, and what flows into the last state is left out of the forget gates' (and none
@@ -62,7 +63,7 @@ def linear_attention(
     options = Options(form, min(chunk or CHUNK, length))
     if documents is None:
         documents = jnp.zeros((v.shape[0], length), jnp.int32)
-    return _chunkwise(options, q, k, v, i, log_f, state, documents)
+    return _chunkwise(options, q, k, gained(v, gain), i, log_f, state, documents)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

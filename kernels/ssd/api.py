@@ -3,9 +3,9 @@
 All but the reference are gated linear attention in chunks (kernels/linear_attention), without input
 gate, normaliser and gauge:
 
-    q = C    k = B    v = Δ x    log f = Δ A    memory [N, P] = hᵀ
+    q = C    k = B    v = x    gain = Δ    log f = Δ A    memory [N, P] = hᵀ
 
-What is one number per token and head or per entry of x (softplus, Δ x, D x, the gate) is plain JAX
+What is one number per token and head or per entry of x (softplus, Δ A, D x, the gate) is plain JAX
 around it, gradients included.
 """
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import dispatch, documents, shard
-from kernels.linear_attention import Form, State, context, tpu, xla
+from kernels.linear_attention import Form, State, context, gained, tpu, xla
 from kernels.ssd import ref
 
 
@@ -33,8 +33,7 @@ def _chunked(linear_attention, **fixed):
 
     def run(x, delta, A, B, C, D, z, h, numbers, *, chunk=None):
         core = functools.partial(linear_attention, Form("ssd", 1.0), chunk=chunk, **fixed)
-        v = (delta[..., None] * x).astype(x.dtype)
-        y, h = _on_mesh(core, C, B, v, delta * A, h, numbers)
+        y, h = _on_mesh(core, C, B, x, delta, delta * A, h, numbers)
         y = y.astype(h.dtype) + D[:, None] * x
         if z is not None:
             y = y * jax.nn.silu(z.astype(h.dtype))
@@ -120,32 +119,33 @@ def _step_size(delta, bias, wide):
     return jax.nn.softplus(delta if bias is None else delta + bias.astype(wide))
 
 
-def _on_mesh(core, C, B, v, log_f, h, numbers):
+def _on_mesh(core, C, B, x, delta, log_f, h, numbers):
     """(scores v, last state); rows, heads and tokens cut as the mesh says, one device's part each.
 
     Arrays as those of `ssd`; a device's heads need their own groups of B and C with them.
     """
-    groups, seq = B.shape[2], shard.mesh_axes("length", v.shape[1])
+    groups, seq = B.shape[2], shard.mesh_axes("length", x.shape[1])
     mesh = jax.sharding.get_abstract_mesh()
-    parts = math.prod(mesh.shape[a] for a in shard.mesh_axes("act_heads", v.shape[2]))
+    parts = math.prod(mesh.shape[a] for a in shard.mesh_axes("act_heads", x.shape[2]))
     if groups % parts:
         B, C = (jnp.repeat(a, math.lcm(groups, parts) // groups, axis=2) for a in (B, C))
     first = lambda a: jnp.moveaxis(a, 2, 1)  # noqa: E731
     tokens = ("batch", "act_heads", "length")
     memory = ("batch", "act_heads", None, None)
-    inputs = (*map(first, (C, B, v, log_f)), h.swapaxes(2, 3), numbers)
-    names = (*((*tokens, None),) * 3, tokens, memory, ("batch", "length"))
+    inputs = (*map(first, (C, B, x, delta, log_f)), h.swapaxes(2, 3), numbers)
+    names = (*((*tokens, None),) * 3, tokens, tokens, memory, ("batch", "length"))
     if numbers is None:
         inputs, names = inputs[:-1], names[:-1]
 
-    def part(q, k, v, log_f, C, numbers=None):
+    def part(q, k, v, gain, log_f, C, numbers=None):
         state, last = State(C), None
         if seq:
-            state, last, numbers = context.states(seq, k, v, None, log_f, state, numbers)
-        y, own = core(q, k, v, None, log_f, state, numbers)
+            written = gained(v, gain)
+            state, last, numbers = context.states(seq, k, written, None, log_f, state, numbers)
+        y, own = core(q, k, v, None, log_f, state, numbers, gain=gain)
         return y, (last or own).C
 
-    y, memory = shard.call(part, inputs, names, (inputs[2], inputs[4]), (names[2], memory))
+    y, memory = shard.call(part, inputs, names, (inputs[2], inputs[5]), (names[2], memory))
     return first(y), memory.swapaxes(2, 3)
 
 
