@@ -53,8 +53,11 @@ def call(function: Callable, inputs: Any, names: Any, like: Any, out_names: Any)
     def specs(arrays, names):
         return jax.tree.map(lambda x, axes: spec(axes, x.shape), arrays, names)
 
-    cut = specs(inputs, names)
-    if not any(map(any, jax.tree.leaves(cut, is_leaf=lambda x: isinstance(x, PartitionSpec)))):
+    cut, mesh = specs(inputs, names), jax.sharding.get_abstract_mesh()
+    parts = jax.tree.leaves(cut, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    # What nothing cuts is called as it is, but not on many devices: XLA cannot place a Pallas call.
+    alone = mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual
+    if alone and not any(map(any, parts)):
         return function(*inputs)
     out = specs(like, out_names)
     return jax.shard_map(function, in_specs=cut, out_specs=out, check_vma=False)(*inputs)
