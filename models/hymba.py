@@ -321,11 +321,12 @@ class Block(nn.Module):
                     cache, past.layer, k, v, shared.positions, window is not None, cfg.meta
                 )
                 k, v = (a.astype(self.dtype) for a in kv_cache.read(cache, past.layer))
-            elif past.k is not None:
-                k, v = (
-                    jnp.concatenate([jnp.broadcast_to(m, (len(a), *m.shape[1:])), a], axis=1)
-                    for m, a in ((past.k.astype(k.dtype), k), (past.v.astype(v.dtype), v))
-                )
+            else:
+                if past.k is not None:
+                    k, v = (
+                        jnp.concatenate([jnp.broadcast_to(m, (len(a), *m.shape[1:])), a], axis=1)
+                        for m, a in ((past.k.astype(k.dtype), k), (past.v.astype(v.dtype), v))
+                    )
                 if cache is not None:
                     cache = kv_cache.write_prompt(cache, past.layer, k, v, shared.lengths, cfg.meta)
             kv = k, v
