@@ -8,10 +8,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
-# Subprocesses that tests start inherit the cache through the environment.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "uniflud-test-jax-cache")
+# Subprocesses that tests start inherit the cache through the environment. JAX writes its files in
+# place, so processes that run at the same time must not read each other's.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
+    Path(tempfile.gettempdir()) / "uniflud-test-jax-cache"
 )
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(CACHE) / WORKER)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

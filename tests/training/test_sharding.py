@@ -47,7 +47,7 @@ def test_mistakes_name_the_parameter(names, message):
 
 def test_the_vocabulary_is_complete():
     names = "embed mlp heads kv_heads head_dim vocab layers norm positions patch channels_in "
-    names += "channels_out spatial width_in width_out classes time batch length act_embed "
+    names += "channels_out spatial width_in width_out classes time state batch length act_embed "
     names += "act_heads act_kv_heads act_mlp act_vocab"
     assert set(RULES) == set(names.split())
 
