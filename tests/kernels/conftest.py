@@ -1,6 +1,25 @@
 """Runs the checks of seven_checks.py for every implementation and shape of a subclass."""
 
+import re
+
+import pytest
+
 from tests.kernels.seven_checks import SevenChecks
+
+# What other tests of the plain run cover as well: rows of one document beside rows of several,
+# second shapes of float64 gradients, and 8 devices, where models and the mLSTM run on them too.
+LONG = re.compile(
+    r"test_(selective_scan|ssd)\.py.*(-False\]|\[False|autodiff_of_ref\[shape[02-9]|eight_devices)"
+    r"|test_attention_backends\.py.*eight_devices"
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks `long`."""
+    for item in items:
+        if LONG.search(item.nodeid):
+            item.add_marker(pytest.mark.long)
 
 
 def pytest_generate_tests(metafunc):
