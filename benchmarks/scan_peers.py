@@ -14,10 +14,7 @@ float32. Inputs are the same on both sides, outputs and gradients are compared b
 timed. On a machine with other load take --threads=1, for the reason that cpu_peers gives.
 """
 
-import argparse
 import functools
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,8 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import common, cpu_peers
-from benchmarks.xlstm_peers import answers, apart, peers, report, turns
+from benchmarks import common, peers
 from kernels.attention import MaskSpec, attention
 from kernels.selective_scan import selective_scan
 from kernels.ssd import ssd
@@ -58,13 +54,13 @@ def against(args, what: str, shape, arrays, run, folder: Path, **options) -> dic
     arrays = {k: x.astype(np.float32) for k, x in arrays.items()}
     path, mine = str(folder / f"{what}.npz"), graded(run, arrays)
     np.savez(path, **arrays)
-    with peers(args, (what,), "scan_torch.py") as others:
+    with peers.processes(args, "scan_torch.py", (what,)) as others:
         packages = others[what].ask(
             "build", kind=what, threads=args.threads, inputs=path, **options
         )
-        same = apart(mine(), answers(others, folder, "gradients")[what])
+        same = peers.apart(mine(), peers.answers(others, folder, "gradients")[what])
         row = dict(what=what, shape=shape, packages=packages, largest_difference=same, **options)
-        return row | turns(mine, others, args.rounds, "gradients")
+        return row | peers.turns(mine, others, args.rounds, "gradients")
 
 
 def scan_inputs(shape) -> dict[str, np.ndarray]:
@@ -101,9 +97,9 @@ def associative(args, sizes, folder: Path) -> list[dict]:
     }
     values = {name: run() for name, run in ways.items()}
     row = dict(what="associative", shape=sizes["scan"])
-    row["largest_difference"] = max(apart(values["chunks"], v) for v in values.values())
+    row["largest_difference"] = max(peers.apart(values["chunks"], v) for v in values.values())
     row["temp_bytes"] = {name: temp_bytes(run) for name, run in ways.items()}
-    return [row | report(common.interleave(ways, args.rounds), "chunks")]
+    return [row | peers.report(common.interleave(ways, args.rounds), "chunks")]
 
 
 def mamba(args, sizes, folder: Path) -> list[dict]:
@@ -156,7 +152,7 @@ def window(args, sizes, folder: Path) -> list[dict]:
     }
     row = dict(what="window", shape=shape)
     row["temp_bytes"] = {name: temp_bytes(run) for name, run in ways.items()}
-    return [row | report(common.interleave(ways, args.rounds), f"window of {near}")]
+    return [row | peers.report(common.interleave(ways, args.rounds), f"window of {near}")]
 
 
 SECTIONS = {
@@ -168,41 +164,19 @@ SECTIONS = {
 }
 
 
-def arguments(argv=None) -> argparse.Namespace:
+def arguments(argv=None):
     """Command line of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--torch-python", default=sys.executable, help="interpreter with the bench extra"
-    )
-    parser.add_argument("--what", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
-    parser.add_argument("--threads", type=int, default=2, help="of all sides, by CPU affinity")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--out", default="", help="JSON file for the results")
-    return parser.parse_args(argv)
+    return peers.parser(__doc__, SECTIONS).parse_args(argv)
 
 
 def run(args) -> list[dict]:
     """The rows of the chosen sections."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for what in args.what:
-            found = SECTIONS[what](args, TINY if args.tiny else FULL, Path(folder))
-            for row in found:
-                common.show(row)
-            rows += found
-    return rows
+    return peers.run(args, SECTIONS, TINY if args.tiny else FULL)
 
 
 def main(argv=None) -> None:
     """Measure and save."""
-    args = arguments(argv)
-    cpu_peers.pin(args.threads)
-    common.show({"machine": common.machine()})
-    rows = run(args)
-    options = [f"--what {' '.join(args.what)}", f"--threads={args.threads}"]
-    options.append(f"--rounds={args.rounds}")
-    common.save(args.out, f"python -m benchmarks.scan_peers {' '.join(options)}", rows)
+    peers.measure(arguments(argv), run, "benchmarks.scan_peers")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,7 @@ in processes of their own. scan and context need none.
 On a machine with other load take --threads=1, for the reason that cpu_peers gives.
 """
 
-import argparse
-import contextlib
 import functools
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,14 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import common, cpu_peers
+from benchmarks import common, peers
 from export.weights import save_safetensors, to_published
 from kernels.linear_attention import xla
 from kernels.mlstm.api import mlstm
 from models import language, xlstm
 
-# Largest difference allowed between the two sides, relative to an array's largest entry.
-TOLERANCE = 1e-3
 NAMES = ("q", "k", "v", "i", "f")
 
 
@@ -120,21 +114,22 @@ def cell(args, sizes: Sizes, folder: Path) -> list[dict]:
         path = str(folder / "cell.npz")
         np.savez(path, **arrays)
         packages = {}
-        with peers(args, ("native_autograd", "native_custbw", "jax")) as others:
+        with peers.processes(
+            args, "xlstm_torch.py", ("native_autograd", "native_custbw", "jax")
+        ) as others:
             for kind, peer in others.items():
                 options = dict(kind=kind, threads=args.threads, inputs=path, chunk=args.chunk)
                 packages |= peer.ask("build", **options)
             same = {
-                kind: apart((rough if kind == "native_custbw" else exact)(*inputs), found)
-                for kind, found in answers(others, folder, "gradients").items()
+                kind: peers.apart((rough if kind == "native_custbw" else exact)(*inputs), found)
+                for kind, found in peers.answers(others, folder, "gradients").items()
             }
-            temp = answers({"jax": others["jax"]}, folder, "temp_bytes")["jax"]["bytes"]
+            temp = peers.answers({"jax": others["jax"]}, folder, "temp_bytes")["jax"]["bytes"]
             row = {"what": f"cell: forward and backward, {name}", **shape._asdict()}
             row |= {"chunk": args.chunk, "packages": packages, "largest_difference": same}
-            row |= turns(functools.partial(exact, *inputs), others, args.rounds, "gradients")
+            row |= peers.turns(functools.partial(exact, *inputs), others, args.rounds, "gradients")
         mine = common.temp_bytes(exact.lower(*inputs).compile())
         row["temp_bytes"] = {"ours": mine, "jax": int(temp)}
-        common.show(row)
         rows.append(row)
     return rows
 
@@ -241,20 +236,19 @@ def model(args, sizes: Sizes, folder: Path) -> list[dict]:
     rows = []
     # Between small operators torch's threads wait for each other: with one it may be faster.
     threads = {f"torch threads={n}": n for n in sorted({1, args.threads})}
-    with peers(args, threads) as others:
+    with peers.processes(args, "xlstm_torch.py", threads) as others:
         for name, peer in others.items():
             options = dict(kind="model", threads=threads[name], weights=weights, arrays=arrays)
             packages = peer.ask("build", config=torch_config(cfg), **options)
         for what, options in calls:
             call = functools.partial(getattr(ours, what), **options)
             mine = call()
-            theirs = answers(others, folder, what, **options)
-            same = {name: apart(mine, found) for name, found in theirs.items()}
+            theirs = peers.answers(others, folder, what, **options)
+            same = {name: peers.apart(mine, found) for name, found in theirs.items()}
             row = {"what": f"model: {what}", **options, "packages": packages}
             row |= {"largest_difference": same}
             if what != "gradients":  # timed as a part of the step
-                row |= turns(call, others, args.rounds, what, **options)
-            common.show(row)
+                row |= peers.turns(call, others, args.rounds, what, **options)
             rows.append(row)
     return rows
 
@@ -273,21 +267,19 @@ def scan(args, sizes: Sizes, folder: Path) -> list[dict]:
     for shape in sizes.scans:
         arrays = cell_inputs(shape)
         inputs = jax.device_put(([arrays[n] for n in NAMES], arrays["dh"]))
-        same = apart(both["chunkwise"](*inputs), both["recurrent"](*inputs))
+        same = peers.apart(both["chunkwise"](*inputs), both["recurrent"](*inputs))
         cases = {
             "forward": {n: functools.partial(jax.jit(run), *inputs[0]) for n, run in forms.items()},
             "forward and backward": {n: functools.partial(run, *inputs) for n, run in both.items()},
         }
         for what, runs in cases.items():
             row = {"what": f"scan: {what}", **shape._asdict(), "largest_difference": same}
-            rows.append(row | report(common.interleave(runs, args.rounds), "chunkwise"))
+            rows.append(row | peers.report(common.interleave(runs, args.rounds), "chunkwise"))
         rows.append(memory(shape, both))
     long = sizes.scans[0]._replace(length=sizes.parallel)
     # With a single chunk nothing is recurrent: the fully parallel form.
     one = gradients(functools.partial(mlstm, chunk=long.length))
     rows.append(memory(long, {"chunkwise": both["chunkwise"], "parallel": one}))
-    for row in rows:
-        common.show(row)
     return rows
 
 
@@ -311,8 +303,11 @@ def context(args, sizes: Sizes, folder: Path) -> list[dict]:
         cases[str(length)] = functools.partial(ours.decode, 1, length)
     seconds = common.interleave(cases, 3 * args.rounds)  # 5 % is little: more rounds
     tokens = {"tokens": sizes.new, "state_bytes": state_bytes(sizes.model)}
-    row = {"what": "context: greedy tokens", **tokens, **report(seconds, str(min(sizes.contexts)))}
-    common.show(row)
+    row = {
+        "what": "context: greedy tokens",
+        **tokens,
+        **peers.report(seconds, str(min(sizes.contexts))),
+    }
     return [row]
 
 
@@ -322,101 +317,25 @@ def state_bytes(cfg: xlstm.XLSTMConfig) -> int:
     return sum(x.size * x.dtype.itemsize for x in leaves)
 
 
-# ---------------------------------------------------------------- comparing
-
-
-@contextlib.contextmanager
-def peers(args, names, script="xlstm_torch.py"):
-    """A process for each name."""
-    with contextlib.ExitStack() as stack:
-        found = {}
-        for name in names:
-            found[name] = cpu_peers.Peer(args.torch_python, script)
-            stack.callback(found[name].close)
-        yield found
-
-
-def answers(others, folder: Path, what: str, **options) -> dict[str, dict[str, np.ndarray]]:
-    """Arrays of one call of every peer."""
-    path, found = folder / "answer.npz", {}
-    for name, peer in others.items():
-        peer.ask("values", what=what, out=str(path), **options)
-        with np.load(path) as arrays:
-            found[name] = dict(arrays)
-    return found
-
-
-def apart(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
-    """Largest difference of any array, relative to its largest entry; too large a one is an error.
-
-    For whole numbers, tokens, it is the share that differs.
-    """
-    if mine.keys() != theirs.keys():
-        raise ValueError(f"the sides differ in {sorted(mine.keys() ^ theirs.keys())}")
-    largest = 0.0
-    for name, array in mine.items():
-        a, b = np.asarray(array), np.asarray(theirs[name])
-        exact = np.issubdtype(a.dtype, np.integer)
-        difference = (a != b).mean() if exact else np.abs(a - b).max() / np.abs(b).max()
-        if not difference <= TOLERANCE:  # NaN is not
-            raise ValueError(f"the sides compute different {name}: {difference:.2g} apart")
-        largest = max(largest, difference)
-    return common.digits(largest, 2)
-
-
-def turns(mine: Callable, others, rounds: int, what: str, **options) -> dict:
-    """Our seconds and the peers' for the call `what`, in turns."""
-    cases = {"ours": functools.partial(common.clock, mine)}
-    for name, peer in others.items():
-        cases[name] = lambda peer=peer: peer.ask("clock", what=what, **options)["seconds"]
-    return report(common.take_turns(cases, rounds), "ours")
-
-
-def report(seconds: Mapping[str, list[float]], base: str) -> dict:
-    """Median and quartiles of seconds, and of their ratios to those of `base`."""
-    others = [name for name in seconds if name != base]
-    return {
-        "seconds": {name: common.spread(values) for name, values in seconds.items()},
-        **{f"{name} / {base}": common.ratio(seconds[name], seconds[base]) for name in others},
-    }
-
-
 SECTIONS = {"cell": cell, "model": model, "scan": scan, "context": context}
 
 
-def arguments(argv=None) -> argparse.Namespace:
+def arguments(argv=None):
     """Command line of this benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--torch-python", default=sys.executable, help="interpreter with the bench extra and jax"
-    )
-    parser.add_argument("--what", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser = peers.parser(__doc__, SECTIONS)
     parser.add_argument("--chunk", type=int, default=xla.CHUNK, help="of every side's cell")
-    parser.add_argument("--threads", type=int, default=2, help="of all sides, by CPU affinity")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--out", default="", help="JSON file for the results")
     return parser.parse_args(argv)
 
 
 def run(args) -> list[dict]:
     """The rows of the chosen sections."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for what in args.what:
-            rows += SECTIONS[what](args, TINY if args.tiny else FULL, Path(folder))
-    return rows
+    return peers.run(args, SECTIONS, TINY if args.tiny else FULL)
 
 
 def main(argv=None) -> None:
     """Measure and save."""
     args = arguments(argv)
-    cpu_peers.pin(args.threads)
-    common.show({"machine": common.machine()})
-    rows = run(args)
-    options = [f"--what {' '.join(args.what)}", f"--chunk={args.chunk}"]
-    options += [f"--threads={args.threads}", f"--rounds={args.rounds}"]
-    common.save(args.out, f"python -m benchmarks.xlstm_peers {' '.join(options)}", rows)
+    peers.measure(args, run, f"benchmarks.xlstm_peers --chunk={args.chunk}")
 
 
 if __name__ == "__main__":

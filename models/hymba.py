@@ -11,6 +11,7 @@ code packs documents, continues a prompt, and trains. Value heads are wider than
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -396,20 +397,14 @@ class Unit(nn.Module):
         return Past(memory, k, v, cache, index)
 
 
-class Hymba(nn.Module):
-    """Meta tokens, embedding, blocks, tied head (models/language.py has the contract)."""
+class Hymba(language.Net):
+    """Meta tokens, embedding, blocks, tied head."""
 
     cfg: HymbaConfig
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    impl: str = "auto"
-    float32 = ()
-    softcap = None
 
     def setup(self):
         cfg = self.cfg
-        init = nn.with_logical_partitioning(matrix_init, ("vocab", "embed"))
-        self.embedding = self.param("embedding", init, (cfg.vocab_size, cfg.width), jnp.float32)
+        self.embedding = self.rows("embedding", matrix_init)
         if cfg.meta:
             init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("positions", "embed"))
             self.meta = self.param("meta", init, (cfg.meta, cfg.width), jnp.float32)
@@ -429,8 +424,7 @@ class Hymba(nn.Module):
 
         With a state: a prompt, which must be the first call, or one token to each row.
         """
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
-        x = constrain(x, "batch", "length", "act_embed")
+        x = self.embed(tokens)
         text = text_of(segment_ids, valid)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
@@ -484,18 +478,6 @@ class Hymba(nn.Module):
                 left[name] = {i: LayerState(found[i], caches.get(i)) for i in memories}
         return x, left
 
-    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
-        """Scores of every vocabulary row, float32."""
-        return language.scores(hidden, self.embedding, self.dtype)
-
-    def table(self) -> Float[Array, "v d"]:
-        """Output rows."""
-        return self.embedding
-
-    def text(self, tokens: Int[Array, "b t"], segment_ids=None) -> Float[Array, "b t v"]:
-        """Logits; also the method that initialises every parameter."""
-        return self.logits(self(tokens, None, segment_ids)[0])
-
 
 def empty_memory(cfg: HymbaConfig, rows: int, dtype, layers: tuple[int, ...] = ()) -> Memory:
     """Before any token."""
@@ -508,20 +490,26 @@ def slots(cfg: HymbaConfig, layer: Layer, max_len: int) -> int:
     return cfg.meta + (max_len if layer.everywhere else min(cfg.window + 1, max_len))
 
 
-def init_state(net: Hymba, params, rows: int, max_len: int, prefix=None) -> State:
+@functools.partial(jax.jit, static_argnums=0)
+def prefix(net: Hymba, params) -> dict[str, dict[str, Past]]:
+    """What the meta tokens leave in every layer; depends on the checkpoint alone."""
+    return language.apply(net, params, method="prefix")
+
+
+def init_state(net: Hymba, params, rows: int, max_len: int, read=None) -> State:
     """The state of rows that have read the meta tokens and nothing else, for max_len tokens more.
 
-    prefix: of `language.apply(net, params, method="prefix")`, which depends on the checkpoint only.
+    read: `prefix(net, params)`, where it is kept.
     """
     cfg = net.cfg
-    if prefix is None and cfg.meta:
-        prefix = language.apply(net, params, method="prefix")
+    if read is None and cfg.meta:
+        read = prefix(net, params)
     layers = {}
     for number, run in enumerate(cfg.runs()):
         name, lead = f"run{number}", (run.count,)
         layers[name] = {}
         for i, layer in enumerate(run.unit):
-            past = prefix[name][str(i)] if cfg.meta else Past(None)
+            past = read[name][str(i)] if cfg.meta else Past(None)
             memory = cache = None
             if layer.scans:
                 memory = past.memory or empty_memory(cfg, 1, net.dtype, lead)

@@ -1,13 +1,12 @@
 """Hymba behind the model seam: published names, the bytes of its caches, and `build`."""
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
 from export.weights import Rule, WeightMap, heads_in, linear, plain
-from models import Model, hymba, language, sized
+from models import Model, hymba, language
 from models.hymba import Hymba, HymbaConfig, Run
 from models.mamba import conv_kernel, parts
 
@@ -105,12 +104,4 @@ def cache_report(cfg: HymbaConfig, tokens: int, bytes_per_number: int = 2) -> di
 
 def build(config) -> Model:
     """The language model behind the seam of models/__init__.py."""
-    cfg = sized(hymba.SIZES, config.model.hymba, "model.hymba")
-    if config.model.vocab_size:
-        cfg = dataclasses.replace(cfg, vocab_size=config.model.vocab_size)
-    net = Hymba(cfg, jnp.dtype(config.precision), config.remat)
-
-    def start(params, rows, max_len):
-        return hymba.init_state(net, params, rows, max_len)
-
-    return language.model(config, net, start, weight_map(cfg))
+    return language.build(config, hymba.SIZES, Hymba, hymba.init_state, weight_map)

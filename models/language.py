@@ -1,11 +1,8 @@
 """What every autoregressive language model shares: loss, generation, the seam of models/__init__.
 
-A model is a linen module, its `net`, with
+A model is a linen module, a `Net`, with one call for training, prompts and single tokens,
 
     net(tokens, state, segment_ids, valid, positions, keep_state=...) -> (hidden, state)
-    net.logits(hidden) -> float32 scores;  net.table() -> the float32 rows [V, D] that make them
-    net.softcap: cap of the scores, or None
-    net.float32: names of the layers whose kernels are multiplied in float32 whatever the precision
 
 and a function init_state(params, rows, max_len). What the state is, a cache, a memory or both, is
 its own business. `state=None` reads texts from their start, several documents to a row where
@@ -13,6 +10,7 @@ its own business. `state=None` reads texts from their start, several documents t
 padding) leave it exactly as it is. `positions` count within documents.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,10 +20,51 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from models import Model
+from models import Model, sized
+from models.blocks.common import constrain
 from models.blocks.losses import chunked_cross_entropy, row_nll
 
 CHECKED = ("recall", "needle")  # data sets whose batches say which targets count
+
+
+class Net(nn.Module):
+    """Embedding and head around the layers that a model adds; the head is tied unless `table`
+    says otherwise. `float32` names layers whose kernels are multiplied in it whatever `dtype`."""
+
+    cfg: Any
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    impl: str = "auto"
+    float32 = ()
+
+    def rows(self, name: str, init: Callable) -> Float[Array, "v d"]:
+        """One row for each entry of the vocabulary; for `setup`."""
+        init = nn.with_logical_partitioning(init, ("vocab", "embed"))
+        return self.param(name, init, (self.cfg.vocab_size, self.cfg.width), jnp.float32)
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Rows of the embedding in the compute type."""
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        return constrain(x, "batch", "length", "act_embed")
+
+    def table(self) -> Float[Array, "v d"]:
+        """Output rows, float32."""
+        return self.embedding
+
+    @property
+    def softcap(self) -> float | None:
+        """Cap of the scores."""
+        return None
+
+    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
+        """Scores of every vocabulary row, float32."""
+        hidden, table = hidden.astype(self.dtype), self.table().astype(self.dtype)
+        out = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return self.softcap * jnp.tanh(out / self.softcap) if self.softcap else out
+
+    def text(self, tokens: Int[Array, "b t"], segment_ids=None) -> Float[Array, "b t v"]:
+        """Logits; also the method that initialises every parameter."""
+        return self.logits(self(tokens, None, segment_ids)[0])
 
 
 def next_tokens(batch) -> tuple[Int[Array, "b t"], Float[Array, "b t"]]:
@@ -41,18 +80,12 @@ def next_tokens(batch) -> tuple[Int[Array, "b t"], Float[Array, "b t"]]:
     return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))), weights.astype(jnp.float32)
 
 
-def apply(net: nn.Module, params, *args, method=None, **kwargs):
+def apply(net: Net, params, *args, method=None, **kwargs):
     """net.apply with bare parameters."""
     return net.apply({"params": params}, *args, method=method, **kwargs)
 
 
-def scores(hidden: Float[Array, "... d"], table: Float[Array, "v d"], dtype):
-    """hidden tableᵀ [..., v] in float32, products in `dtype`."""
-    hidden, table = hidden.astype(dtype), table.astype(dtype)
-    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-
-
-def read(net: nn.Module, params, batch) -> Float[Array, "b t d"]:
+def read(net: Net, params, batch) -> Float[Array, "b t d"]:
     """Hidden states of a batch's rows."""
     positions = batch.get("positions")
     return apply(net, params, batch["tokens"], None, batch["segment_ids"], None, positions)[0]
@@ -63,7 +96,7 @@ def norms(batch) -> dict[str, Float[Array, ""]]:
     return {"text": jnp.maximum(next_tokens(batch)[1].sum(), 1.0)}
 
 
-def loss(net: nn.Module, params, extra, batch, rng, *, step, norms):
+def loss(net: Net, params, extra, batch, rng, *, step, norms):
     """Mean cross-entropy of the next token, nats; no array of logits."""
     hidden = read(net, params, batch)
     targets, weights = next_tokens(batch)
@@ -78,14 +111,14 @@ def loss(net: nn.Module, params, extra, batch, rng, *, step, norms):
     return total, ({"loss": total, "accuracy": correct / norms["text"]}, extra)
 
 
-def text_nll(net: nn.Module, params, batch) -> dict[str, Float[Array, "b"]]:
+def text_nll(net: Net, params, batch) -> dict[str, Float[Array, "b"]]:
     """Sums per row over its targets: nll (nats), correct, count."""
     hidden = read(net, params, batch)
     table = apply(net, params, method="table")
     return row_nll(hidden, table, *next_tokens(batch), softcap=net.softcap)
 
 
-def prefill(net: nn.Module, params, tokens, length, state) -> tuple[Float[Array, "b v"], Any]:
+def prefill(net: Net, params, tokens, length, state) -> tuple[Float[Array, "b v"], Any]:
     """(scores of the next token, state) after the first `length` of right-padded tokens [b, t]."""
     valid = jnp.arange(tokens.shape[1]) < length[:, None]
     hidden, state = apply(net, params, tokens, state, None, valid, keep_state=True)
@@ -94,13 +127,13 @@ def prefill(net: nn.Module, params, tokens, length, state) -> tuple[Float[Array,
     return apply(net, params, hidden, method="logits"), state
 
 
-def extend(net: nn.Module, params, token, state) -> tuple[Float[Array, "b v"], Any]:
+def extend(net: Net, params, token, state) -> tuple[Float[Array, "b v"], Any]:
     """(scores of the next token, state) after one more token [b]."""
     hidden, state = apply(net, params, token[:, None], state, keep_state=True)
     return apply(net, params, hidden[:, 0], method="logits"), state
 
 
-def rounded(net: nn.Module, params):
+def rounded(net: Net, params):
     """The parameters with every matrix in the type that it is multiplied in.
 
     The same numbers come out: each use would round it. A token then reads half the bytes of
@@ -115,7 +148,7 @@ def rounded(net: nn.Module, params):
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def predict(net: nn.Module, init_state: Callable) -> dict[str, Callable]:
+def predict(net: Net, init_state: Callable) -> dict[str, Callable]:
     """What samplers, evaluators and exporters call."""
 
     def logits(params, batch):
@@ -126,18 +159,27 @@ def predict(net: nn.Module, init_state: Callable) -> dict[str, Callable]:
     return bound | {"logits": logits, "init_state": init_state}
 
 
-def init(net: nn.Module, rng):
+def init(net: Net, rng):
     """Parameters, with logical axis names; net.text is the method that touches all of them."""
     return net.init(rng, jnp.zeros((1, 2), jnp.int32), method="text")["params"]
 
 
-def model(config, net: nn.Module, init_state: Callable, weights) -> Model:
-    """The language model behind the seam of models/__init__.py."""
+def build(config, sizes, module: type[Net], init_state: Callable, weights: Callable) -> Model:
+    """The language model behind the seam of models/__init__.py.
+
+    sizes: what config.model.<name>.size chooses from; init_state(net, params, rows, max_len);
+    weights(cfg): the map to published names.
+    """
+    name = config.model.name
+    cfg = sized(sizes, config.model[name], f"model.{name}")
+    if config.model.vocab_size:
+        cfg = dataclasses.replace(cfg, vocab_size=config.model.vocab_size)
+    net = module(cfg, jnp.dtype(config.precision), config.remat)
 
     def ints(rows):
         return jax.ShapeDtypeStruct((rows, config.data.length), jnp.int32)
 
-    sizes = {"text": config.batch_size} | {f"text_{rows}": rows for rows, _ in config.ramp}
+    batches = {"text": config.batch_size} | {f"text_{rows}": rows for rows, _ in config.ramp}
     keys = ("tokens", "segment_ids", "positions")
     if config.data.name in CHECKED:
         keys += ("scored",)
@@ -145,7 +187,7 @@ def model(config, net: nn.Module, init_state: Callable, weights) -> Model:
         init=lambda rng: (init(net, rng), {}),
         loss=functools.partial(loss, net),
         norms=norms,
-        predict=predict(net, init_state),
-        batches={name: dict.fromkeys(keys, ints(rows)) for name, rows in sizes.items()},
-        weights=weights,
+        predict=predict(net, functools.partial(init_state, net)),
+        batches={name: dict.fromkeys(keys, ints(rows)) for name, rows in batches.items()},
+        weights=weights(cfg),
     )

@@ -7,16 +7,14 @@ what attention and MLP give instead of what they read, and q and k as a whole. A
 models/blocks/decoder.py (arXiv 2307.09288, 2407.21783, 2407.10671, 2412.15115, 2501.00656).
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from export.weights import WeightMap, compose
 from kernels.attention import MaskSpec
-from models import Model, language, sized
+from models import Model, language
 from models.blocks import decoder_weights
 from models.blocks.decoder import Decoder, DecoderConfig, init_cache
 from models.blocks.rope import RopeBands
@@ -67,14 +65,10 @@ class State(NamedTuple):
     length: Int[Array, "b"]
 
 
-class Llama(nn.Module):
-    """The decoder as a language model (models/language.py has the contract)."""
+class Llama(language.Net):
+    """The decoder as a language model."""
 
     cfg: DecoderConfig
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    impl: str = "auto"
-    float32 = ()
 
     def setup(self):
         self.decoder = Decoder(self.cfg, self.dtype, self.remat, self.impl)
@@ -104,10 +98,6 @@ class Llama(nn.Module):
             hidden, cache = self.decoder(x, MaskSpec(), None, state.cache, length)
         return hidden, State(cache, length) if keep_state else None
 
-    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
-        """Scores of every vocabulary row, float32."""
-        return self.decoder.logits(hidden)
-
     def table(self) -> Float[Array, "v d"]:
         """Output rows."""
         return self.decoder.table()
@@ -116,10 +106,6 @@ class Llama(nn.Module):
     def softcap(self) -> float | None:
         """Cap of the scores."""
         return self.cfg.final_softcap
-
-    def text(self, tokens: Int[Array, "b t"], segment_ids=None) -> Float[Array, "b t v"]:
-        """Logits; also the method that initialises every parameter."""
-        return self.logits(self(tokens, None, segment_ids)[0])
 
 
 def init_state(net: Llama, rows: int, max_len: int) -> State:
@@ -135,12 +121,8 @@ def weight_map(cfg: DecoderConfig) -> WeightMap:
 
 def build(config) -> Model:
     """The language model behind the seam of models/__init__.py."""
-    cfg = sized(SIZES, config.model.llama, "model.llama")
-    if config.model.vocab_size:
-        cfg = dataclasses.replace(cfg, vocab_size=config.model.vocab_size)
-    net = Llama(cfg, jnp.dtype(config.precision), config.remat)
 
-    def start(params, rows, max_len):
+    def start(net, params, rows, max_len):
         return init_state(net, rows, max_len)
 
-    return language.model(config, net, start, weight_map(cfg))
+    return language.build(config, SIZES, Llama, start, weight_map)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from export.weights import Rule, WeightMap, linear, plain
 from kernels.ssd import ssd, ssd_step
-from models import Model, language, sized
+from models import Model, language
 from models.blocks.common import Linear, constrain, remat_block, scan_layers
 from models.blocks.mamba import Conv, Memory, SelectiveSSM, Text, step_bias, text_of, uniform
 from models.blocks.norms import RMSNorm, rms_norm
@@ -182,22 +182,14 @@ class Block(nn.Module):
         return x, memory if self.keep_state else None
 
 
-class Mamba(nn.Module):
-    """Embedding, blocks, tied head (models/language.py has the contract)."""
+class Mamba(language.Net):
+    """Embedding, blocks, tied head."""
 
     cfg: MambaConfig
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    impl: str = "auto"
-    float32 = ()
-    softcap = None
 
     def setup(self):
-        cfg = self.cfg
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        shape = (cfg.vocab_size, cfg.width)
-        self.embedding = self.param("embedding", init, shape, jnp.float32)
-        self.final_norm = RMSNorm(cfg.norm_eps, offset=0.0)
+        self.embedding = self.rows("embedding", nn.initializers.normal(0.02))
+        self.final_norm = RMSNorm(self.cfg.norm_eps, offset=0.0)
 
     def __call__(
         self,
@@ -210,8 +202,7 @@ class Mamba(nn.Module):
         keep_state: bool = False,
     ) -> tuple[Float[Array, "b t d"], Memory | None]:
         """Hidden states after the final norm, and every layer's memory (layers first) if kept."""
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
-        x = constrain(x, "batch", "length", "act_embed")
+        x = self.embed(tokens)
         step = state is not None and tokens.shape[1] == 1 and valid is None
         if state is None:
             state = init_state(self.cfg, 1, self.dtype)
@@ -226,18 +217,6 @@ class Mamba(nn.Module):
         scan = scan_layers(block, cfg.layers, (0, nn.broadcast), unroll=unroll)
         layers = scan(cfg, self.dtype, self.impl, keep_state, step, name="layers")
         return layers(x, state, text)
-
-    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
-        """Scores of every vocabulary row, float32."""
-        return language.scores(hidden, self.embedding, self.dtype)
-
-    def table(self) -> Float[Array, "v d"]:
-        """Output rows."""
-        return self.embedding
-
-    def text(self, tokens: Int[Array, "b t"], segment_ids=None) -> Float[Array, "b t v"]:
-        """Logits; also the method that initialises every parameter."""
-        return self.logits(self(tokens, None, segment_ids)[0])
 
 
 def init_state(cfg: MambaConfig, rows: int, dtype=jnp.float32) -> Memory:
@@ -300,12 +279,8 @@ def weight_map(cfg: MambaConfig) -> WeightMap:
 
 def build(config) -> Model:
     """The language model behind the seam of models/__init__.py."""
-    cfg = sized(SIZES, config.model.mamba, "model.mamba")
-    if config.model.vocab_size:
-        cfg = dataclasses.replace(cfg, vocab_size=config.model.vocab_size)
-    net = Mamba(cfg, jnp.dtype(config.precision), config.remat)
 
-    def start(params, rows, max_len):
-        return init_state(cfg, rows, net.dtype)
+    def start(net, params, rows, max_len):
+        return init_state(net.cfg, rows, net.dtype)
 
-    return language.model(config, net, start, weight_map(cfg))
+    return language.build(config, SIZES, Mamba, start, weight_map)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from export.weights import WeightMap, heads_in, heads_out, linear, plain
 from kernels.mlstm import State, empty_state, mlstm, mlstm_step
-from models import Model, language, sized
+from models import Model, language
 from models.blocks.common import Linear, constrain, remat_block, scan_layers
 from models.blocks.decoder import GatedMlp
 from models.blocks.norms import RMSNorm, layer_norm
@@ -203,22 +203,16 @@ class Block(nn.Module):
         return constrain(x, "batch", "length", "act_embed"), state if self.keep_state else None
 
 
-class XLSTM(nn.Module):
+class XLSTM(language.Net):
     """Embedding, blocks and untied head."""
 
     cfg: XLSTMConfig
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    impl: str = "auto"
     float32 = ("i", "f")  # gates
 
     def setup(self):
-        cfg = self.cfg
-        init = nn.with_logical_partitioning(small_init(cfg.width), ("vocab", "embed"))
-        shape = (cfg.vocab_size, cfg.width)
-        self.embedding = self.param("embedding", init, shape, jnp.float32)
-        self.head = self.param("head", init, shape, jnp.float32)
-        self.final_norm = RMSNorm(cfg.norm_eps, offset=0.0)
+        init = small_init(self.cfg.width)
+        self.embedding, self.head = self.rows("embedding", init), self.rows("head", init)
+        self.final_norm = RMSNorm(self.cfg.norm_eps, offset=0.0)
 
     def __call__(
         self,
@@ -235,9 +229,7 @@ class XLSTM(nn.Module):
         state: of `init_state` or an earlier call; tokens where `valid` is False leave it as it is.
         positions: not used, the cell knows the order.
         """
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
-        x = constrain(x, "batch", "length", "act_embed")
-        x, state = self._stack(x, state, segment_ids, valid, keep_state)
+        x, state = self._stack(self.embed(tokens), state, segment_ids, valid, keep_state)
         return self.final_norm(x), state
 
     @nn.compact
@@ -250,11 +242,6 @@ class XLSTM(nn.Module):
         layers = scan(cfg, self.dtype, self.impl, keep_state, name="layers")
         return layers(x, state, segment_ids, valid)
 
-    def logits(self, hidden: Float[Array, "... d"]) -> Float[Array, "... v"]:
-        """Capped scores of every vocabulary row, float32."""
-        scores = language.scores(hidden, self.head, self.dtype)
-        return cap(scores, self.cfg.logit_cap)
-
     def table(self) -> Float[Array, "v d"]:
         """Output rows."""
         return self.head
@@ -263,10 +250,6 @@ class XLSTM(nn.Module):
     def softcap(self) -> float | None:
         """Cap of the scores."""
         return self.cfg.logit_cap
-
-    def text(self, tokens: Int[Array, "b t"], segment_ids=None) -> Float[Array, "b t v"]:
-        """Logits; also the method that initialises every parameter."""
-        return self.logits(self(tokens, None, segment_ids)[0])
 
 
 def init_state(cfg: XLSTMConfig, rows: int, max_len: int = 0) -> State:
@@ -308,12 +291,8 @@ def _cell_names(cfg: XLSTMConfig, cell: str, stacked: dict) -> dict:
 
 def build(config) -> Model:
     """The language model behind the seam of models/__init__.py."""
-    cfg = sized(SIZES, config.model.xlstm, "model.xlstm")
-    if config.model.vocab_size:
-        cfg = dataclasses.replace(cfg, vocab_size=config.model.vocab_size)
-    net = XLSTM(cfg, jnp.dtype(config.precision), config.remat)
 
-    def start(params, rows, max_len):
-        return init_state(cfg, rows, max_len)
+    def start(net, params, rows, max_len):
+        return init_state(net.cfg, rows, max_len)
 
-    return language.model(config, net, start, weight_map(cfg))
+    return language.build(config, SIZES, XLSTM, start, weight_map)

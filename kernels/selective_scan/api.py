@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels import dispatch, shard
+from kernels import dispatch, documents, shard
 from kernels.selective_scan import context, ref, tpu, xla
 from kernels.selective_scan.ref import Inputs
 from kernels.selective_scan.xla import NEVER
@@ -80,7 +80,7 @@ def selective_scan(
         delta = jnp.where(mask[..., None], delta, jnp.asarray(NEVER, delta.dtype))
     inputs = Inputs(
         *(u, delta, B, C, z),
-        None if segment_ids is None else _fresh(segment_ids, state_segment),
+        None if segment_ids is None else documents.fresh(segment_ids, state_segment),
         A.astype(wide),
         D.astype(wide),
         jnp.zeros(channels, wide) if delta_bias is None else delta_bias.astype(wide),
@@ -137,12 +137,6 @@ def selective_scan_step(
         return run(u, delta, B, C, z, A, D, bias, h)
 
     return shard.call(part, tuple(inputs), tuple(names), (u, h), (wide, state))
-
-
-def _fresh(segment_ids, state_segment) -> Bool[Array, "b t"]:
-    """Tokens that do not belong to the document before them; ids may come back."""
-    before = segment_ids[:, 0] if state_segment is None else state_segment
-    return jnp.diff(segment_ids, axis=1, prepend=before[:, None]) != 0
 
 
 def _check(u, delta, A, B, C, D, z):

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, common, cross_entropy, gpu_static, scan_peers, xlstm_peers
+from benchmarks import (
+    accelerator,
+    common,
+    cross_entropy,
+    gpu_static,
+    peers,
+    scan_peers,
+    xlstm_peers,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = re.compile(r"python -m benchmarks\.(\w+)([^`\n|]*)")
@@ -163,11 +171,11 @@ def test_xlstm_peers_compute_the_same():
 
 def test_sides_that_compute_different_things_are_refused():
     one = {"h": np.ones(3), "tokens": np.arange(3)}
-    assert xlstm_peers.apart(one, one) == 0
+    assert peers.apart(one, one) == 0
     for other in (
         {"h": np.ones(3) + 0.01},
         {"tokens": np.zeros(3, int)},
         {"h": np.full(3, np.nan)},
     ):
         with pytest.raises(ValueError, match="compute different"):
-            xlstm_peers.apart(one, one | other)
+            peers.apart(one, one | other)

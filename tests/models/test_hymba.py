@@ -12,6 +12,7 @@ import pytest
 from export.weights import flatten, from_published, to_published
 from models import hymba, hymba_build, language
 from models.hymba import SIZES, Hymba, HymbaConfig
+from tests.models import published
 
 GOLDEN = HymbaConfig(
     17, 32, 4, 4, 2, 48, meta=2, window=3, state=4, dt_rank=3,
@@ -19,20 +20,10 @@ GOLDEN = HymbaConfig(
 )  # fmt: skip
 
 
-def abstract(cfg):
-    init = functools.partial(language.init, Hymba(cfg))
-    return nn.meta.unbox(jax.eval_shape(init, jax.random.key(0)))
-
-
 def random_params(cfg, seed=0):
     params = nn.meta.unbox(language.init(Hymba(cfg), jax.random.key(seed)))
     rng = np.random.default_rng(seed)  # no branch hidden behind a zero
     return jax.tree.map(lambda x: x + 0.05 * jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
-
-
-def published_shapes(cfg):
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))
-    return {k: v.shape for k, v in to_published(zeros, hymba_build.weight_map(cfg)).items()}
 
 
 def golden_tensors():
@@ -48,7 +39,7 @@ def golden_tensors():
     for layer in range(4):
         order |= {f"model.layers.{layer}.{n}": 3 + 19 * layer + k for k, n in enumerate(block)}
     tensors = {}
-    for name, shape in published_shapes(GOLDEN).items():
+    for name, shape in published.shapes(Hymba(GOLDEN), hymba_build.weight_map(GOLDEN)).items():
         squeezed = tuple(n for n in shape if n != 1)
         index, s = np.indices(squeezed), order[name]
         if len(index) == 2:
@@ -67,7 +58,7 @@ def golden_tensors():
             factors |= {"conv1d.bias": 0.1}
             value = next((f for part, f in factors.items() if part in name), 0.15) * g
         tensors[name] = value.reshape(shape).astype(np.float32)
-    assert tensors.keys() == order.keys() & tensors.keys() and len(tensors) == len(order)
+    assert tensors.keys() == order.keys()
     return tensors
 
 
@@ -78,7 +69,7 @@ def test_check_1_golden_model(window, total, loss):
     """Sums of logits and the loss on formula weights; a window one smaller is told apart."""
     cfg = dataclasses.replace(GOLDEN, window=window)
     names, tensors = hymba_build.weight_map(cfg), golden_tensors()
-    params = from_published(tensors, names, abstract(cfg))
+    params = from_published(tensors, names, published.abstract(Hymba(cfg)))
     assert sum(x.size for x in jax.tree.leaves(params)) == 59_564
     jax.tree.map(np.testing.assert_array_equal, to_published(params, names), tensors)
     ids = (5 * np.arange(12) + 3)[None] % 17
@@ -101,13 +92,13 @@ def test_check_1_golden_model(window, total, loss):
 def test_check_2_published_sizes(size, count, owning):
     """The two smaller ones are the specification's 353.7M and 129.9M with the 1.5B's grouping."""
     cfg = SIZES[size]
-    assert sum(x.size for x in jax.tree.leaves(abstract(cfg))) == count
+    assert published.count(Hymba(cfg)) == count
     layers = [layer for run in cfg.runs() for layer in run.unit * run.count]
     assert len(layers) == cfg.layers and sum(layer.owns for layer in layers) == owning
     if size == "1.5b":
         assert [i for i, layer in enumerate(layers) if layer.everywhere] == [0, 15, 31]
         assert cfg.groups[0] == (1, 2) and (16, 17, 18) in cfg.groups and cfg.groups[-1] == (29, 30)
-        shapes = published_shapes(cfg)
+        shapes = published.shapes(Hymba(cfg), hymba_build.weight_map(cfg))
         assert shapes["model.layers.0.mamba.in_proj.weight"] == (8960, 1600)
         assert shapes["model.layers.2.mamba.in_proj.weight"] == (8000, 1600)
         assert shapes["model.layers.31.mamba.conv1d.weight"] == (3200, 1, 4)
@@ -123,7 +114,7 @@ def test_check_4_prompts_and_steps_equal_one_pass():
     net, params, total = Hymba(SMALL), random_params(SMALL), 41
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, total)))
     logits = jax.jit(lambda t: net.apply({"params": params}, t, method="text"))(tokens)
-    prefix = language.apply(net, params, method="prefix")
+    prefix = hymba.prefix(net, params)
     read = jax.jit(functools.partial(language.prefill, net, params))
     step = jax.jit(functools.partial(language.extend, net, params))
     for prompt, given in zip((1, 3, 7, 8, 9, 21), (None, prefix) * 3):

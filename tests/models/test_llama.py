@@ -1,19 +1,16 @@
 """Llama, Qwen 2 and OLMo 2: the transformers package's logits, published sizes and names."""
 
 import dataclasses
-import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from export.weights import from_published, to_published
-from models import language, llama
+from models import llama
 from models.blocks.rope import RopeBands
 from models.llama import SIZES, Llama
 from tests.golden import recipes
+from tests.models import published
 
 SMALL = dataclasses.replace(
     SIZES["debug"], vocab_size=48, width=32, layers=3, mlp=56, heads=4, kv_heads=2, head_dim=8
@@ -28,21 +25,12 @@ GOLDEN = dict(
 )  # fmt: skip
 
 
-def abstract(cfg):
-    init = functools.partial(language.init, Llama(cfg))
-    return nn.meta.unbox(jax.eval_shape(init, jax.random.key(0)))
-
-
 @pytest.mark.parametrize("name", GOLDEN)
 def test_equals_the_transformers_package(name):
     """Random weights by published name there and back, and the logits that they give."""
     golden, cfg = recipes.load("llama"), GOLDEN[name]
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))
-    names = llama.weight_map(cfg)
-    weights = recipes.weights({k: v.shape for k, v in to_published(zeros, names).items()}, 1)
-    params = from_published(weights, names, abstract(cfg))
-    jax.tree.map(np.testing.assert_array_equal, to_published(params, names), weights)
     net, ids = Llama(cfg), jnp.asarray(golden["ids"])
+    params = published.from_recipe(net, llama.weight_map(cfg))
     logits = jax.jit(lambda t: net.apply({"params": params}, t, method="text"))(ids)
     recipes.assert_close(logits, golden[name], 1e-5)
 
@@ -66,7 +54,7 @@ def test_equals_the_transformers_package(name):
 )
 def test_published_sizes(size, count):
     """As the transformers package counts them."""
-    assert sum(x.size for x in jax.tree.leaves(abstract(SIZES[size]))) == count
+    assert published.count(Llama(SIZES[size])) == count
 
 
 def test_wrong_settings_are_named():

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from export.weights import flatten, from_published, to_published
+from export.weights import flatten
 from models import language, mamba
 from models.blocks.mamba import causal_conv, conv_tail, text_of
 from models.mamba import SIZES, Mamba, MambaConfig
 from tests.golden import recipes
+from tests.models import published
 
 GOLDEN = dict(
     mamba=MambaConfig(48, 32, 3, state=8),
@@ -21,21 +22,12 @@ GOLDEN = dict(
 )
 
 
-def abstract(cfg):
-    init = functools.partial(language.init, Mamba(cfg))
-    return nn.meta.unbox(jax.eval_shape(init, jax.random.key(0)))
-
-
 @pytest.mark.parametrize("name", GOLDEN)
 def test_equals_the_transformers_package(name):
     """Random weights by name there and back; logits of a text; 8 steps after 32 tokens."""
     golden, cfg = recipes.load("mamba"), GOLDEN[name]
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))
-    names = mamba.weight_map(cfg)
-    weights = recipes.weights({k: v.shape for k, v in to_published(zeros, names).items()}, 1)
-    params = from_published(weights, names, abstract(cfg))
-    jax.tree.map(np.testing.assert_array_equal, to_published(params, names), weights)
     net, ids = Mamba(cfg), jnp.asarray(golden["ids"])
+    params = published.from_recipe(net, mamba.weight_map(cfg))
     logits = jax.jit(lambda t: net.apply({"params": params}, t, method="text"))(ids)
     recipes.assert_close(logits, golden[name], 1e-5)
     start = mamba.init_state(cfg, 2)
@@ -63,7 +55,7 @@ def test_equals_the_transformers_package(name):
 )
 def test_published_sizes(size, count):
     """As the transformers package counts them."""
-    assert sum(x.size for x in jax.tree.leaves(abstract(SIZES[size]))) == count
+    assert published.count(Mamba(SIZES[size])) == count
 
 
 def test_the_convolution_is_the_sum_it_says():

@@ -15,16 +15,11 @@ from export.weights import flatten, from_published, to_published
 from models import language, xlstm
 from models.xlstm import SIZES, XLSTM, XLSTMConfig
 from tests.golden import recipes
+from tests.models import published
 from training.schedules import make_schedule
 
 GOLDEN = XLSTMConfig(17, 64, 2, 2, ffn_factor=3.0)
 TINY = dataclasses.replace(SIZES["debug"], input_bias=-1.0)
-
-
-def abstract(cfg):
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    init = functools.partial(XLSTM(cfg).init, method="text")
-    return nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), tokens)["params"])
 
 
 @functools.cache
@@ -48,7 +43,7 @@ def golden_tensors():
     names = ["backbone.embeddings.weight"]
     names += [f"backbone.blocks.{layer}.{n}" for layer in (0, 1) for n in block]
     names += ["backbone.out_norm.weight", "lm_head.weight"]
-    shapes, tensors = published_shapes(), {}
+    shapes, tensors = published.shapes(XLSTM(GOLDEN), xlstm.weight_map(GOLDEN)), {}
     for s, name in enumerate(names):
         index = np.indices(shapes[name])
         if len(index) == 2:
@@ -68,16 +63,11 @@ def golden_tensors():
     return tensors
 
 
-def published_shapes():
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(GOLDEN))
-    return {k: v.shape for k, v in to_published(zeros, xlstm.weight_map(GOLDEN)).items()}
-
-
 def test_check_1_golden_model():
     """Logits, loss and states of the public implementation on formula weights."""
     tensors = golden_tensors()
     weights = xlstm.weight_map(GOLDEN)
-    params = from_published(tensors, weights, abstract(GOLDEN))
+    params = from_published(tensors, weights, published.abstract(XLSTM(GOLDEN)))
     back = to_published(params, weights)
     assert back.keys() == tensors.keys()
     jax.tree.map(np.testing.assert_array_equal, back, tensors)
@@ -110,7 +100,7 @@ def test_check_1_golden_model():
 def test_check_7_published_sizes(size, ffn, count):
     cfg = SIZES[size]
     assert cfg.ffn == ffn
-    assert sum(x.size for x in jax.tree.leaves(abstract(cfg))) == count
+    assert published.count(XLSTM(cfg)) == count
     if size == "7b":
         state = jax.eval_shape(lambda: xlstm.init_state(cfg, 1))
         assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) == 134_480_896
@@ -161,11 +151,8 @@ def test_check_6_equals_the_transformers_package():
     """Random weights: logits of a text, the state after 37 tokens and single steps from there."""
     golden = recipes.load("xlstm")
     cfg = XLSTMConfig(48, 128, 2, 2)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(cfg))
-    names = xlstm.weight_map(cfg)
-    shapes = {k: v.shape for k, v in to_published(zeros, names).items()}
-    params = from_published(recipes.weights(shapes, 1), names, abstract(cfg))
     net, ids = XLSTM(cfg), jnp.asarray(golden["ids"])
+    params = published.from_recipe(net, xlstm.weight_map(cfg))
     logits = jax.jit(lambda t: net.apply({"params": params}, t, method="text"))(ids)
     recipes.assert_close(logits, golden["logits"], 1e-5)
     lengths = jnp.full(2, 37)
