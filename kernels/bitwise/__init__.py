@@ -1,0 +1,1 @@
+"""The head of models that predict a token bit by bit: loss, sampling, packed bits."""
