@@ -11,6 +11,7 @@ from tests.kernels.seven_checks import SevenChecks
 LONG = re.compile(
     r"test_(selective_scan|ssd)\.py.*(-False\]|\[False|autodiff_of_ref\[shape[02-9]|eight_devices)"
     r"|test_attention_backends\.py.*eight_devices"
+    r"|test_bitwise\.py.*(eight_devices_equal_one|autodiff_of_ref\[shape[02-9])"
 )
 
 

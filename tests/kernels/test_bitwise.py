@@ -1,0 +1,391 @@
+"""The bitwise head: the definition, chunks and kernels against it, draws, the compilers.
+
+Check numbers 1 to 7 of `TestBitwise` are the kernels' own; test_check_N after it are section 9's of
+the specification of the bitwise generator.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.bitwise import bits as packing
+from kernels.bitwise import bitwise_cross_entropy, sample_bits
+from tests.kernels.seven_checks import SevenChecks, assert_close
+
+# (B, T, C, d, chunk): one token, odd lengths, one row, widths that are not whole lanes.
+SHAPES = [(1, 1, 3, 8, 1), (2, 37, 24, 16, 16), (1, 20, 130, 56, 7)]
+NAMES = ("x", "w", "b", "weights", "scale", "shift")
+IMPLS = ("xla",)
+
+
+def tensors(shape, dtype=jnp.float32, seed=0):
+    """Inputs in the order of NAMES."""
+    b, t, c, d, _ = shape
+    keys = jax.random.split(jax.random.key(seed), 6)
+    sizes = [(b, t, c), (c, d), (d,), (b, t), (b, c), (b, c)]
+    x, w, bias, weights, scale, shift = (
+        jax.random.normal(key, size) for key, size in zip(keys, sizes)
+    )
+    # A mean that the normalisation has to take away.
+    x = (x + 0.5).astype(dtype)
+    return [x, w * c**-0.5, bias, jnp.exp(weights), 0.3 * scale, 0.3 * shift]
+
+
+@functools.cache
+def some_bits(*shape):
+    """Random ones [*lead, d], as numpy."""
+    return np.random.default_rng(shape).integers(0, 2, shape)
+
+
+def call(inputs, bits=None, **options):
+    """bitwise_cross_entropy of `tensors`."""
+    x, w, b, *rest = inputs
+    bits = some_bits(*x.shape[:-1], w.shape[1]) if bits is None else bits
+    if options.get("impl") == "ref":
+        options.pop("chunk", None)
+    given = dict(zip(NAMES[3:], rest))
+    return bitwise_cross_entropy(x, w, b, packing.pack(jnp.asarray(bits)), **(given | options))
+
+
+class TestBitwise(SevenChecks):
+    """Checks 1, 2, 3 and 5; tokens have no state between them."""
+
+    AXIS = 1
+    SHAPES = SHAPES
+    IMPLS = IMPLS
+    GRADIENT_SHAPES = (SHAPES[1], (2, 50, 130, 8, 16), (1, 150, 128, 64, 64))
+    MESHES = (
+        ("xla", dict(data=2, fsdp=1, tensor=2, seq=2)),
+        ("xla", dict(data=1, fsdp=4, tensor=1, seq=2)),
+    )
+    MESH_SHAPE = (4, 16, 24, 16, 8)
+
+    inputs = staticmethod(tensors)
+    test_check_4_calls_equal_steps = None
+    test_check_4_calls_follow_each_other = None
+
+    def state(self, shape, dtype=jnp.float32):
+        return ()
+
+    def run(self, inputs, state, *, segment_ids=None, **options):
+        return call(inputs, **options), ()
+
+    def step(self, inputs, state):
+        raise NotImplementedError("there is no state")
+
+    def test_checks_1_and_2_equal_ref(self, impl, shape):
+        """float32 to 1e-5; bfloat16 as well: x is exact in it, and nothing else is rounded."""
+        for dtype in (jnp.float32, jnp.bfloat16):
+            inputs = tensors(shape, dtype)
+            loss = call(inputs, impl=impl, chunk=self.chunk(shape, impl))
+            assert loss.dtype == jnp.float32 and loss.shape == shape[:2]
+            wide = [a.astype(jnp.float32) for a in inputs]
+            assert_close(loss, call(wide, impl="ref"), 1e-5)
+
+    def test_check_3_gradients_equal_autodiff_of_ref(self, shape):
+        super().test_check_3_gradients_equal_autodiff_of_ref(shape, False)
+
+    def test_check_3_float32_gradients(self, impl, gradient_shape):
+        super().test_check_3_float32_gradients(impl, gradient_shape, False)
+
+    def test_check_4_tokens_are_independent(self, impl):
+        """A call on all tokens is two calls on some of them; [N, C] is one row of it."""
+        shape = SHAPES[1]
+        inputs, bits = tensors(shape), some_bits(2, 37, 16)
+        options = dict(impl=impl, chunk=self.chunk(shape, impl))
+        whole = call(inputs, **options)
+        x, w, b, weights, scale, shift = inputs
+        for cut in (slice(0, 17), slice(17, 37)):
+            part = [x[:, cut], w, b, weights[:, cut], scale, shift]
+            assert_close(call(part, bits[:, cut], **options), whole[:, cut], 1e-6)
+        row = [x[1], w, b, weights[1], scale[1:], shift[1:]]
+        assert_close(call(row, bits[1], **options), whole[1], 1e-6)
+
+
+CHECKS = TestBitwise()
+
+
+def two_columns(x, W, B, bits):
+    """The published head: 2 d logits, log-softmax over each bit's two, in float64 numpy."""
+    logits = (x @ W + B).reshape(*x.shape[:-1], -1, 2)
+    logits = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -np.take_along_axis(logits, bits[..., None], -1)[..., 0].mean(-1)
+
+
+def scale_weights(sides):
+    """Of every token of a row of scales h x w: proportional to one over sqrt(h w), sum 1."""
+    weights = np.concatenate([np.full(s * s, 1.0 / s) for s in sides])
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize("impl", ["ref", *IMPLS])
+def test_check_7_two_columns_equal_one(impl):
+    """Cross-entropy over a bit's two logits is BCE to 1e-6; weights that a row's scales share out
+    sum to 1, so that equal logits give ln 2."""
+    rng = np.random.default_rng(0)
+    weights = scale_weights((1, 2, 4, 6, 8))
+    tokens, channels, d = len(weights), 24, 16
+    x, W, B = (rng.standard_normal(s) for s in ((1, tokens, channels), (channels, 2 * d), 2 * d))
+    x, W = x.astype(np.float32), W / channels**0.5
+    bits = rng.integers(0, 2, (1, tokens, d))
+    w, b = W[:, 1::2] - W[:, ::2], B[1::2] - B[::2]
+    given = [jnp.asarray(a, jnp.float32) for a in (x, w, b, weights[None])]
+    got = call(given, bits, impl=impl)
+    want = two_columns(x.astype(np.float64), W, B, bits) * weights
+    assert_close(got, want, 1e-6)
+    for scale in range(5):  # each scale counts as its side, 1 to 8 of 21
+        first = sum(s * s for s in (1, 2, 4, 6, 8)[:scale])
+        side = (1, 2, 4, 6, 8)[scale]
+        assert weights[first : first + side * side].sum() == pytest.approx(side / 21)
+    given[1], given[2] = jnp.zeros_like(given[1]), jnp.zeros_like(given[2])
+    assert call(given, bits, impl=impl).sum() == pytest.approx(np.log(2.0), abs=1e-6)
+
+
+def plain(x, w, b, weights, scale, shift, bits):
+    """The unfused head as one writes it, for autodiff."""
+    mean = x.mean(-1, keepdims=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdims=True)
+    n = (x - mean) / jnp.sqrt(variance + 1e-6) * (1 + scale[:, None]) + shift[:, None]
+    z = jnp.einsum("btc,cd->btd", n, w, precision="highest") + b
+    return weights * (jnp.logaddexp(0.0, z) - bits * z).mean(-1)
+
+
+@pytest.mark.parametrize("d", [8, 16, 32, 64])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_check_9_fused_equals_plain(impl, d):
+    """Loss and all six gradients, float32 to 1e-5 of plain jnp; rows of 150 and 97 tokens (the
+    other's last 53 have weight 0 and what must not matter in them), blocks that do not divide."""
+    shape = (2, 150, 128, d, 64)
+    inputs, bits = tensors(shape), some_bits(2, 150, d)
+    used = jnp.arange(150) < jnp.array([[150], [97]])
+    inputs[0] = jnp.where(used[..., None], inputs[0], 1e4)
+    inputs[3] = jnp.where(used, inputs[3], 0.0)
+
+    def total(inputs, run):
+        loss = run(inputs)
+        return (loss * jnp.cos(jnp.arange(150.0))).sum(), loss
+
+    def graded(run):
+        (_, loss), grads = jax.jit(jax.value_and_grad(lambda a: total(a, run), has_aux=True))(
+            inputs
+        )
+        return loss, *grads
+
+    got = graded(lambda a: call(a, bits, impl=impl, chunk=CHECKS.chunk(shape, impl)))
+    want = graded(lambda a: plain(*a, bits))
+    for name, a, right in zip(("loss", *NAMES), got, want):
+        if name == "weights":
+            a, right = jnp.where(used, a, 0.0), jnp.where(used, right, 0.0)
+        assert_close(a, right, 1e-5)
+    assert not np.asarray(got[1])[1, 97:].any()
+
+
+def arrays_of(jaxpr):
+    """Shapes and types of everything that a program computes, inner programs included."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval for v in eqn.outvars if hasattr(v.aval, "shape"))
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from arrays_of(inner)
+
+
+def test_check_9_memory():
+    """Temporaries of loss and gradients take less than half of the plain head's, and no array has a
+    bit axis of all tokens, let alone 2^d entries for each."""
+    shape = (1, 8192, 256, 16, 0)
+    inputs = jax.eval_shape(lambda: tensors(shape, jnp.bfloat16))
+    bits = jax.ShapeDtypeStruct((1, 8192, 1), jnp.uint32)
+
+    def fused(*inputs):
+        x, w, b, weights, scale, shift, bits = inputs
+        options = dict(weights=weights, scale=scale, shift=shift, impl="xla")
+        return bitwise_cross_entropy(x, w, b, bits, **options).sum()
+
+    def unfused(*inputs):
+        return plain(*inputs[:-1], packing.unpack(inputs[-1], 16)).sum()
+
+    graded = [jax.value_and_grad(f, range(6)) for f in (fused, unfused)]
+    size, other = (
+        jax.jit(f).lower(*inputs, bits).compile().memory_analysis().temp_size_in_bytes
+        for f in graded
+    )
+    assert size < other / 2, (size, other)
+    made = [list(arrays_of(jax.make_jaxpr(f)(*inputs, bits).jaxpr)) for f in graded]
+    logits = [[a for a in each if a.size >= 8192 * 16 and a.shape[-1] != 256] for each in made]
+    assert not logits[0] and logits[1]
+    assert max(a.size for a in made[0]) == 8192 * 256  # dx
+
+
+def draw(z, uniforms, **options):
+    """sample_bits of tokens [N, d] whose log odds are z: an identity for a head."""
+    eye = jnp.eye(z.shape[-1], dtype=jnp.float32)
+    words, codes = sample_bits(z, eye, jnp.zeros(z.shape[-1]), uniforms, **options)
+    bits = packing.unpack(words, z.shape[-1])
+    np.testing.assert_array_equal(codes, packing.codes(bits))
+    assert codes.dtype == jnp.float32
+    return np.asarray(bits)
+
+
+@pytest.mark.parametrize("impl", ["ref", *IMPLS])
+def test_check_10_draws(impl):
+    """z = 1 is drawn as 1 with probability sigmoid(1), to 3 standard errors; top-p 0.97 lets 3.47
+    flip and 3.48 not; guidance and temperature act on log odds; any of them may be traced."""
+    d, tokens = 16, 1000
+    uniforms = jax.random.uniform(jax.random.key(0), (tokens, d))
+    z = jnp.ones((tokens, d))
+    one = lambda z: 1 / (1 + np.exp(-np.float32(z)))  # noqa: E731
+    p, count = one(1.0), tokens * d
+    assert abs(draw(z, uniforms, impl=impl).mean() - p) < 3 * (p * (1 - p) / count) ** 0.5
+    for sign in (1, -1):
+        may = draw(sign * 3.47 * z, uniforms, top_p=0.97, impl=impl)
+        never = draw(sign * 3.48 * z, uniforms, top_p=0.97, impl=impl)
+        assert 0 < (may != (sign > 0)).mean() < 0.06 and (never == (sign > 0)).all()
+    # sigmoid(3.48) without top-p, of which the uniforms decide.
+    np.testing.assert_array_equal(draw(3.48 * z, uniforms, impl=impl), uniforms < one(3.48))
+    # z = (4 x 0.5 - 3 x 0.2) / 0.7 = 2.
+    options = dict(guidance=4.0, temperature=0.7, impl=impl)
+    got = draw(0.5 * z, uniforms, x_uncond=0.2 * z, **options)
+    np.testing.assert_array_equal(got, uniforms < one(2.0))
+    traced = jax.jit(
+        lambda g, t, p: sample_bits(
+            0.5 * z, jnp.eye(d), jnp.zeros(d), uniforms, x_uncond=0.2 * z, guidance=g,
+            temperature=t, top_p=p, impl=impl,
+        )[0]
+    )  # fmt: skip
+    np.testing.assert_array_equal(packing.unpack(traced(4.0, 0.7, 1.0), d), got)
+    # Temperature 0 is the likelier value; 0 itself is bit 0, as in the tokenizer.
+    some = jnp.asarray(np.linspace(-1, 1, tokens * d).reshape(tokens, d), jnp.float32)
+    np.testing.assert_array_equal(draw(some, uniforms, temperature=0.0, impl=impl), some > 0)
+    assert not draw(0 * z, 0.5 * z, impl=impl).any()
+
+
+@pytest.mark.parametrize("impl", ["ref", *IMPLS])
+def test_check_10_guidance_of_one_is_none(impl):
+    """Bits of guidance 1 are those without unconditional tokens; a modulation of their own is used
+    for these; bits and codes equal the reference's."""
+    x, w, b, _, scale, shift = tensors((2, 37, 24, 16, 16))
+    other = tensors((2, 37, 24, 16, 16), seed=3)
+    uniforms = jax.random.uniform(jax.random.key(1), (2, 37, 16))
+    run = functools.partial(sample_bits, x, w, b, uniforms, scale=scale, shift=shift, impl=impl)
+    alone, _ = run(top_p=0.9)
+    np.testing.assert_array_equal(run(top_p=0.9, x_uncond=other[0], guidance=1.0)[0], alone)
+    guided = dict(x_uncond=other[0], guidance=3.0, temperature=0.5, top_p=0.97)
+    own = guided | dict(scale_uncond=other[4], shift_uncond=other[5])
+    for options in (guided, own):
+        bits, codes = run(**options)
+        want, right = run(**options, **dict(impl="ref"))
+        np.testing.assert_array_equal(bits, want)
+        np.testing.assert_array_equal(codes, right)
+    assert (run(**guided)[0] != run(**own)[0]).any() and (run(**guided)[0] != alone).any()
+
+
+EIGHT = """
+import jax, json, numpy as np
+from tests.kernels import test_bitwise as t
+from training import sharding
+from kernels.bitwise import sample_bits
+x, w, b, weights, scale, shift = t.tensors((4, 16, 24, 64, 8))
+uniforms = jax.random.uniform(jax.random.key(1), (4, 16, 64))
+def run(x, u):
+    options = dict(x_uncond=2 * x, guidance=3.0, top_p=0.97, scale=scale, shift=shift)
+    return sample_bits(x, w, b, u, **options)
+def flat(x, u):
+    return sample_bits(x.reshape(64, 24), w, b, u.reshape(64, 64))
+alone = [np.asarray(jax.jit(f)(x, uniforms)[0]) for f in (run, flat)]
+with sharding.scope(sharding.make_mesh(dict(data=2, fsdp=2, tensor=1, seq=2))):
+    for f, want in zip((run, flat), alone):
+        lowered = jax.jit(f).lower(x, uniforms)
+        assert "manual" in lowered.as_text()
+        bits, codes = lowered.compile()(x, uniforms)
+        print(json.dumps([jax.device_count(), bool((np.asarray(bits) == want).all())]))
+"""
+
+
+def test_check_10_same_bits_on_eight_devices():
+    """Rows, tokens and tokens without rows cut over 8 devices draw what one device draws."""
+    root = Path(__file__).resolve().parents[2]
+    env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT], env=env, cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [[8, True], [8, True]]
+
+
+@pytest.mark.parametrize("d", [1, 8, 31, 32, 33, 56, 64, 70])
+def test_check_12_words(d):
+    """Packed words are Python's integers, bit i worth 2^i; no type of 64 bits appears."""
+    bits = some_bits(3, 5, d)
+    words = packing.pack(jnp.asarray(bits))
+    assert words.dtype == jnp.uint32 and words.shape == (3, 5, -(-d // 32))
+    exact = [sum(int(bit) << i for i, bit in enumerate(row)) for row in bits.reshape(-1, d)]
+    got = [sum(int(x) << 32 * i for i, x in enumerate(row)) for row in words.reshape(15, -1)]
+    assert got == exact
+    unpacked = packing.unpack(words, d)
+    assert unpacked.dtype == jnp.int32
+    np.testing.assert_array_equal(unpacked, bits)
+    np.testing.assert_array_equal(packing.pack(jnp.asarray(bits) > 0), words)
+    np.testing.assert_allclose(packing.codes(unpacked), (2 * bits - 1) / d**0.5, rtol=1e-6)
+    with pytest.raises(ValueError, match=f"{d} bits take {words.shape[-1]} words"):
+        packing.unpack(jnp.concatenate([words, words], -1), d)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_check_12_no_integers_of_64_bits(impl):
+    """d = 64: neither the loss with its gradients nor a draw computes with one, x64 or not."""
+    inputs, bits = tensors((1, 5, 24, 64, 4)), some_bits(1, 5, 64)
+    uniforms = jnp.full((1, 5, 64), 0.5, jnp.float32)
+    packed = packing.pack(jnp.asarray(bits))
+
+    def loss(inputs):
+        x, w, b, *rest = inputs
+        given = dict(zip(NAMES[3:], rest))
+        return bitwise_cross_entropy(x, w, b, packed, impl=impl, **given).sum()
+
+    def drawn(inputs):
+        return sample_bits(*inputs[:3], uniforms, impl=impl)
+
+    for f in (jax.grad(loss), drawn):
+        for a in arrays_of(jax.make_jaxpr(f)(inputs).jaxpr):
+            assert a.dtype.itemsize <= 4, a
+    words, codes = drawn(inputs)
+    assert words.shape == (1, 5, 2) and codes.shape == (1, 5, 64)
+
+
+@pytest.mark.parametrize("impl", ["ref", *IMPLS])
+def test_extreme_log_odds(impl):
+    """Log odds of ±1e4, bfloat16: finite loss and gradients; the wrong bit costs |z|, the right one
+    nothing."""
+    x = jnp.full((1, 4, 16), 100.0, jnp.bfloat16)
+    w = jnp.where(jnp.arange(16) < 8, 6.25, -6.25) * jnp.ones((16, 1))
+    given, right = [x, w, jnp.zeros(16), jnp.ones((1, 4))], np.arange(16) < 8
+    for bits, want in ((right, 0.0), (~right, 1e4)):
+        bits = np.broadcast_to(bits, (1, 4, 16))
+        loss, grads = jax.value_and_grad(lambda g, y=bits: call(g, y, impl=impl).sum())(given)
+        assert loss == pytest.approx(4 * want)
+        assert all(np.isfinite(np.asarray(a, np.float32)).all() for a in grads)
+
+
+def test_mistakes_are_named():
+    x, w, b, weights, scale, shift = tensors(SHAPES[1])
+    bits = packing.pack(jnp.asarray(some_bits(2, 37, 16)))
+    with pytest.raises(ValueError, match="impl='cuda', allowed: auto, ref, xla"):
+        bitwise_cross_entropy(x, w, b, bits, impl="cuda")
+    with pytest.raises(ValueError, match=r"takes x.*bits \(2, 37, 2\)"):
+        bitwise_cross_entropy(x, w, b, jnp.concatenate([bits, bits], -1))
+    with pytest.raises(ValueError, match="both or neither"):
+        bitwise_cross_entropy(x, w, b, bits, scale=scale)
+    with pytest.raises(ValueError, match="not empty"):
+        bitwise_cross_entropy(x[:, :0], w, b, bits[:, :0])
+    with pytest.raises(ValueError, match="guidance=3.0 needs x_uncond"):
+        sample_bits(x, w, b, jnp.zeros((2, 37, 16)), guidance=3.0)
