@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models import Model, sized
-from models.tokenizers.kl_vae import Conv, Norm, ResBlock, space_to_depth
-from models.tokenizers.kl_vae_model import row_keys, to_float
+from models.blocks.common import row_keys
+from models.tokenizers.autoencoder import to_float
+from models.tokenizers.conv import Conv, Norm, ResBlock, space_to_depth
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,13 +57,18 @@ def scan_layers(body: type[nn.Module], length: int, in_axes: Any, *, unroll: boo
     """
     return nn.scan(
         body,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "attended": 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
         unroll=length if unroll and length <= UNROLLED else 1,
     )
+
+
+def row_keys(rng: Array, example: Array) -> Array:
+    """One key per example of the global batch, whatever the micro-batch or shard it lies in."""
+    return jax.vmap(lambda i: jax.random.fold_in(rng, i))(example)
 
 
 class Linear(nn.Module):

@@ -9,7 +9,8 @@ import pytest
 
 from export.weights import from_published, to_published
 from models import MODELS
-from models.tokenizers import kl_vae, kl_vae_model
+from models.tokenizers import conv, kl_vae
+from models.tokenizers.autoencoder import psnr, to_float
 from models.tokenizers.kl_vae_weights import weight_map
 from tests.golden import recipes
 
@@ -134,7 +135,7 @@ def test_patches_are_row_major_with_channel_order_cpq():
 def test_downsampling_pads_right_and_bottom_only():
     x = jnp.ones((1, 4, 4, 1))
     kernel = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1.0).at[2, 2].set(10.0)
-    got = kl_vae.conv(x, kernel, jnp.zeros(1), stride=2)[0, :, :, 0]
+    got = conv.conv(x, kernel, jnp.zeros(1), stride=2)[0, :, :, 0]
     np.testing.assert_array_equal(got, [[11, 1], [1, 1]])
 
 
@@ -144,7 +145,7 @@ def test_group_norm_matches_the_definition():
     y = x.reshape(2, 15, 4, 2).astype(np.float64)
     mean, var = y.mean((1, 3), keepdims=True), y.var((1, 3), keepdims=True)
     want = ((y - mean) / np.sqrt(var + 1e-6)).reshape(x.shape) * scale + bias
-    recipes.assert_close(kl_vae.group_norm(x, scale, bias, 4), want, 1e-5)
+    recipes.assert_close(conv.group_norm(x, scale, bias, 4), want, 1e-5)
 
 
 def test_posterior_noise_follows_the_row_key():
@@ -194,15 +195,15 @@ def trained():
 def test_learns_and_reports(trained):
     model, params, _, curve, batch = trained
     assert curve[-1] > curve[0] + 8
-    images = kl_vae_model.to_float(batch["image"])
+    images = to_float(batch["image"])
     reconstructed = jax.jit(model.predict["reconstruct"])(params, images)
-    assert float(kl_vae_model.psnr(images, reconstructed).mean()) > 20
+    assert float(psnr(images, reconstructed).mean()) > 20
 
 
 def test_running_statistics_normalise_the_tokens(trained):
     model, params, extra, _, batch = trained
     params = model.predict["finalise"](params, extra)
-    images = kl_vae_model.to_float(batch["image"])
+    images = to_float(batch["image"])
     tokens = model.predict["encode_latents"](params, images)
     assert tokens.shape == (4, 16, 4)
     assert abs(float(tokens.mean())) < 0.2 and abs(float(tokens.std()) - 1) < 0.2

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models import Model
-from models.tokenizers.kl_vae import group_norm
+from models.tokenizers.conv import group_norm
 from training.objectives import Objective
 
 MAX_WEIGHT = 1e4
