@@ -36,6 +36,7 @@ def data_config(**overrides) -> ml_collections.ConfigDict:
             mix=dict(t2i=2.0, caption=1.0, vqa=1.0),  # weights of the tasks in a batch
             latents="",  # weights of a VAE: gen_moments instead of gen_image
             flip=False,  # mirror pictures at random (images only)
+            sizes=(0,)[:0],  # (256, 512, 1024): each batch at one of these sides (images only)
             max_unreadable=10,  # more unreadable files or records than this is an error
             cache_mb=1024,  # decoded pictures kept in memory; larger sets decode on the fly
             prefetch=4,  # batches made ahead by one thread; 0 = none

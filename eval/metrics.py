@@ -11,6 +11,37 @@ def psnr(images: np.ndarray, references: np.ndarray, peak: float = 255.0) -> np.
         return 10.0 * np.log10(peak**2 / mse)
 
 
+def ssim(images: np.ndarray, references: np.ndarray, peak: float = 255.0) -> np.ndarray:
+    """Structural similarity of pictures [n, h, w, c], 1 where equal (Wang et al. 2004).
+
+    Gaussian window of 11 x 11 (or the picture, where it is smaller), sigma 1.5, K = 0.01, 0.03, at
+    every place it fits in; means over places and channels.
+    """
+    x, y = np.asarray(images, np.float64), np.asarray(references, np.float64)
+    rows, columns = (_gaussian_windows(side) for side in x.shape[1:3])
+
+    def local(t):
+        return np.einsum("ph,nhwc,qw->npqc", rows, t, columns, optimize=True)
+
+    mean_x, mean_y = local(x), local(y)
+    var_x, var_y = local(x * x) - mean_x**2, local(y * y) - mean_y**2
+    covariance = local(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    values = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    values /= (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    return values.mean((1, 2, 3))
+
+
+def _gaussian_windows(side: int, width: int = 11, sigma: float = 1.5) -> np.ndarray:
+    """[places, side]: the weights of a Gaussian window at every place it fits in."""
+    width = min(width, side)
+    weights = np.exp(-((np.arange(width) - (width - 1) / 2) ** 2) / (2 * sigma**2))
+    places = np.zeros((side - width + 1, side))
+    for i, row in enumerate(places):
+        row[i : i + width] = weights / weights.sum()
+    return places
+
+
 def gaussian_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean [d] and unbiased covariance [d, d] of features [n, d]."""
     features = np.asarray(features, np.float64)

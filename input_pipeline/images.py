@@ -19,11 +19,16 @@ def build(config, *, split: str, seed: int, process_index: int, process_count: i
     groups = np.array([e.group for e in found.items], np.int32)
     glyphs = len(openmoji.all_glyphs()) if (groups >= 0).any() else 0
     labels = np.where(groups >= 0, groups, glyphs + np.arange(len(groups), dtype=np.int32))
-    rows = batching.share(config.batch_size, process_index, process_count, "config.batch_size")
+    shares = {
+        side: batching.share(count, process_index, process_count, "config.batch_size")
+        for side, count in transforms.batch_sizes(data, config.batch_size).items()
+    }
 
     def make(indices: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         chosen = indices["image"]
-        images = found.pictures.gather(chosen[rows])
+        side = list(shares)[rng.integers(len(shares)) if len(shares) > 1 else 0]
+        rows = shares[side]
+        images = transforms.shrink(found.pictures.gather(chosen[rows]), side)
         if data.flip:
             images = transforms.mirror(images, rng.random(len(chosen))[rows] < 0.5)
         return {"image": images, "label": labels[chosen[rows]]}

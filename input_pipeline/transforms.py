@@ -38,6 +38,28 @@ def decode(encoded: bytes, size: int) -> np.ndarray:
         return centre_crop(image, size)
 
 
+def batch_sizes(data, batch_size: int) -> dict[int, int]:
+    """{side: pictures per batch}: config.data.sizes, where a batch of larger pictures has fewer in
+    proportion to the side (8 at 256, 4 at 512, 2 at 1024), or the one image_size."""
+    sizes = tuple(data.sizes) or (data.image_size,)
+    for side in sizes:
+        if data.image_size % side or batch_size * min(sizes) % side:
+            raise ValueError(
+                f"config.data.sizes={sizes}: {side} must divide config.data.image_size="
+                f"{data.image_size} and config.batch_size x {min(sizes)}"
+            )
+    return {side: batch_size * min(sizes) // side for side in sizes}
+
+
+def shrink(images: np.ndarray, side: int) -> np.ndarray:
+    """uint8 [b, h, h, 3] at a side that divides h: means of squares of pixels, rounded."""
+    factor = images.shape[1] // side
+    if factor == 1:
+        return images
+    cells = images.reshape(len(images), side, factor, side, factor, 3)
+    return np.round(cells.mean((2, 4), dtype=np.float32)).astype(np.uint8)
+
+
 def mirror(images: np.ndarray, which: np.ndarray) -> np.ndarray:
     """[b, h, w, 3] with the rows where `which` (bool [b]) holds mirrored."""
     return np.where(which[:, None, None, None], images[:, :, ::-1], images)

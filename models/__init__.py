@@ -51,6 +51,12 @@ def _kl_vae(config):
     return kl_vae_model.build(config)
 
 
+def _discrete_tokenizer(config):
+    from models.tokenizers import discrete_model
+
+    return discrete_model.build(config)
+
+
 def _glyph_classifier(config):
     from models import glyph_classifier
 
@@ -85,6 +91,8 @@ def _hymba(config):
 MODELS: dict[str, Callable[..., Model]] = {
     "unifluid": _unifluid,
     "kl_vae": _kl_vae,
+    "bsq_vae": _discrete_tokenizer,
+    "vqgan": _discrete_tokenizer,
     "glyph_classifier": _glyph_classifier,
     "xlstm": _xlstm,
     "llama": _llama,

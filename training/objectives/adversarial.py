@@ -4,7 +4,8 @@ loss = L_rec + [step >= start] (w lambda L_gan(G) + L_hinge(D)), where stop-grad
 player's term to itself and lambda = |dL_rec/dW| / (|dL_gan/dW| + 1e-4), W the last kernel of the
 decoder, clipped to [0, 1e4] (VQGAN, arXiv 2012.09841, eq. 7; LDM). Deviation: the discriminator
 normalises per example (group norm), not per batch, so that shards do not change its numbers.
-lambda is taken over a micro-batch, as elsewhere over a device's batch.
+lambda is taken over a micro-batch, as elsewhere over a device's batch, and so is the optional
+LeCam penalty.
 """
 
 import flax.linen as nn
@@ -71,10 +72,20 @@ def hinge(real: Float[Array, "b h w 1"], fake: Float[Array, "b h w 1"]) -> Float
     return 0.5 * (per_image(nn.relu(1.0 - real)) + per_image(nn.relu(1.0 + fake)))
 
 
+def lecam_zero(
+    real: Float[Array, "b h w 1"], fake: Float[Array, "b h w 1"], free: float = 0.1
+) -> Float[Array, ""]:
+    """LeCam's penalty with 0 as both anchors, as Infinity's tokenizer trains with: squares of how
+    far the mean scores of a batch lie outside +-free."""
+    return sum(jnp.square(nn.relu(jnp.abs(x.mean()) - free)) for x in (real, fake))
+
+
 def build(model: Model, config) -> Objective:
     """Objective around a model with predict["generate"]; config.objective: start (step), weight,
-    width and layers of the discriminator."""
+    width and layers of the discriminator; adaptive=False is lambda = 1, lecam weighs the penalty
+    on scores far from 0."""
     o = config.objective
+    adaptive, lecam = o.get("adaptive", True), o.get("lecam", 0.0)
     if "generate" not in model.predict:
         raise ValueError(f"config.objective.name='adversarial': {config.model.name} cannot use it")
     judge = PatchGAN(o.width, o.layers)
@@ -96,9 +107,11 @@ def build(model: Model, config) -> Objective:
             return -per_image(judge.apply({"params": held}, fake)).sum() / images
 
         fake = jax.lax.stop_gradient(g.fake)
-        weight = o.weight * adaptive_weight(
-            g.last_layer(jax.grad(g.reconstruction)(fake)), g.last_layer(jax.grad(fool)(fake))
-        )
+        weight = jnp.float32(o.weight)
+        if adaptive:
+            weight *= adaptive_weight(
+                g.last_layer(jax.grad(g.reconstruction)(fake)), g.last_layer(jax.grad(fool)(fake))
+            )
         own = {"params": params["discriminator"]}
         real_scores, fake_scores = judge.apply(own, g.real), judge.apply(own, fake)
         discriminator = hinge(real_scores, fake_scores).sum() / images
@@ -108,6 +121,9 @@ def build(model: Model, config) -> Objective:
             "gan/real": per_image(real_scores).sum() / images,
             "gan/fake": per_image(fake_scores).sum() / images,
         }
+        if lecam:
+            share = g.real.shape[0] / images
+            discriminator += lecam * share * lecam_zero(real_scores, fake_scores)
         return weight * fool(g.fake), discriminator, metrics
 
     def loss(params, frozen, extra, batch, rng, *, step, norms):

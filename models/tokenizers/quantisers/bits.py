@@ -166,7 +166,7 @@ def build(cfg, options) -> Quantiser:
     """BSQ or LFQ of cfg.z bits.
 
     cfg: quantiser (bsq | lfq), z, schedule, scales. options: inv_temperature, commitment, entropy,
-    weight (of all terms), drop_scales, residual_gradient.
+    weight (of all terms), drop_scales, residual_gradient, schedule (in training; "" = cfg's).
 
     Per scale the loss is commitment |u - sg(q)|^2 / d + entropy (H_token - H_code) / temperature
     (LFQ: without the temperature), averaged over the scales that are kept. H_code is no sum over
@@ -191,7 +191,8 @@ def build(cfg, options) -> Quantiser:
 
     def quantise(params, extra, features, rng, *, example, images):
         del params, example
-        scales, share = schedule(features.shape[1:3]), features.shape[0] / images
+        scales = schedule_for(options.schedule or cfg.schedule, features.shape[1:3], cfg.scales)
+        share = features.shape[0] / images
         keep = None
         if options.drop_scales:
             keep = kept_scales(rng, len(scales), options.drop_scales)

@@ -93,7 +93,8 @@ def build(cfg, options) -> Quantiser:
     """VQ with cfg.codebook rows of cfg.z.
 
     cfg: z, codebook, schedule, scales, phis. options: beta, legacy (beta on the codebook's term
-    instead of the commitment, as in the released VQGAN), weight, revive.
+    instead of the commitment, as in the released VQGAN), weight, revive, schedule (in training; ""
+    = cfg's).
 
     extra: use [v], running hits of each code over equal use; offset [v, c], added to the trained
     rows: a revived code moves by its offset, so that the optimiser's state stays as it is.
@@ -120,7 +121,8 @@ def build(cfg, options) -> Quantiser:
 
     def quantise(params, extra, features, rng, *, example, images):
         del example
-        scales, share = schedule(features.shape[1:3]), features.shape[0] / images
+        scales = schedule_for(options.schedule or cfg.schedule, features.shape[1:3], cfg.scales)
+        share = features.shape[0] / images
         got = residual(finalise(params, extra), features, scales)
         stop = jax.lax.stop_gradient
         mse = lambda a, b: jnp.square(a - b).mean((1, 2, 3)).sum() / images  # noqa: E731
