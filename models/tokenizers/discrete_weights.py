@@ -9,7 +9,7 @@ from models.tokenizers.conv_weights import STYLES, conv_names, decoder_names, en
 from models.tokenizers.discrete import TokenizerConfig
 
 # Losses and statistics that training left in the files.
-IGNORE = ("loss.*", "quantizer.*", "quantize.ema_vocab_hit_SV")
+IGNORE = ("loss.*", "quantizer.*", "quantize.lfq.*", "quantize.ema_vocab_hit_SV")
 
 
 def weight_map(cfg: TokenizerConfig) -> WeightMap:

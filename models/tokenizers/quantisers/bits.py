@@ -93,9 +93,7 @@ def unpack_scales(
 ) -> list[Bool[Array, "b h w d"]]:
     """Exact inverse of `pack_scales`."""
     if words.shape[1] != tokens(schedule):
-        raise ValueError(
-            f"{words.shape[1]} tokens do not fill the {tokens(schedule)} of {schedule}"
-        )
+        raise ValueError(f"codes hold {words.shape[1]} tokens, {schedule} {tokens(schedule)}")
     flat, out, begin = unpack(words, d) != 0, [], 0
     for h, w in schedule:
         out.append(flat[:, begin : begin + h * w].reshape(-1, h, w, d))
