@@ -1,18 +1,30 @@
 """bitwise_cross_entropy() and sample_bits(): several implementations, chosen by platform."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
 from kernels import dispatch, shard
 from kernels.bitwise import bits as packing
-from kernels.bitwise import ref, xla
+from kernels.bitwise import ref, tpu, xla
 from kernels.bitwise.ref import Draw, Inputs
 
-IMPLEMENTATIONS = {"ref": ref.cross_entropy, "xla": xla.cross_entropy}
-SAMPLERS = {"ref": ref.sample, "xla": xla.sample}
+IMPLEMENTATIONS = {
+    "ref": ref.cross_entropy,
+    "xla": xla.cross_entropy,
+    "tpu": tpu.cross_entropy,
+    "tpu_interpret": functools.partial(tpu.cross_entropy, interpret=True),  # on the CPU, for tests
+}
+SAMPLERS = {
+    "ref": ref.sample,
+    "xla": xla.sample,
+    "tpu": tpu.sample,
+    "tpu_interpret": functools.partial(tpu.sample, interpret=True),
+}
 # Tried in this order by impl="auto"; the last one takes everything.
-AUTO = {"cpu": ("xla",)}
+AUTO = {"tpu": ("tpu", "xla"), "cpu": ("xla",)}
 
 
 def bitwise_cross_entropy(

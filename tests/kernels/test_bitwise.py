@@ -18,12 +18,13 @@ import pytest
 
 from kernels.bitwise import bits as packing
 from kernels.bitwise import bitwise_cross_entropy, sample_bits
-from tests.kernels.seven_checks import SevenChecks, assert_close
+from kernels.errors import NotSupported
+from tests.kernels.seven_checks import SevenChecks, abstract_on, assert_close
 
 # (B, T, C, d, chunk): one token, odd lengths, one row, widths that are not whole lanes.
 SHAPES = [(1, 1, 3, 8, 1), (2, 37, 24, 16, 16), (1, 20, 130, 56, 7)]
 NAMES = ("x", "w", "b", "weights", "scale", "shift")
-IMPLS = ("xla",)
+IMPLS = ("xla", "tpu_interpret")
 
 
 def tensors(shape, dtype=jnp.float32, seed=0):
@@ -64,7 +65,7 @@ class TestBitwise(SevenChecks):
     GRADIENT_SHAPES = (SHAPES[1], (2, 50, 130, 8, 16), (1, 150, 128, 64, 64))
     MESHES = (
         ("xla", dict(data=2, fsdp=1, tensor=2, seq=2)),
-        ("xla", dict(data=1, fsdp=4, tensor=1, seq=2)),
+        ("tpu_interpret", dict(data=1, fsdp=4, tensor=1, seq=2)),
     )
     MESH_SHAPE = (4, 16, 24, 16, 8)
 
@@ -78,11 +79,14 @@ class TestBitwise(SevenChecks):
     def run(self, inputs, state, *, segment_ids=None, **options):
         return call(inputs, **options), ()
 
+    def chunk(self, shape, impl):
+        return 128 if impl == "tpu_interpret" else shape[-1]
+
     def step(self, inputs, state):
         raise NotImplementedError("there is no state")
 
     def test_checks_1_and_2_equal_ref(self, impl, shape):
-        """float32 to 1e-5; bfloat16 as well: x is exact in it, and nothing else is rounded."""
+        """float32 to 1e-5; bfloat16 too: x is exact in it, and nothing else is rounded to it."""
         for dtype in (jnp.float32, jnp.bfloat16):
             inputs = tensors(shape, dtype)
             loss = call(inputs, impl=impl, chunk=self.chunk(shape, impl))
@@ -376,6 +380,61 @@ def test_extreme_log_odds(impl):
         assert all(np.isfinite(np.asarray(a, np.float32)).all() for a in grads)
 
 
+def head_2b(topology, dtype=jnp.bfloat16, length=10521):
+    """(inputs of the 2B generator's head for one picture of a megapixel, words, uniforms, the
+    context): abstract, on an absent device."""
+    device, mesh = abstract_on(topology)
+    place = jax.sharding.SingleDeviceSharding(device)
+
+    def array(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    row = array(1, 2048)
+    inputs = [array(1, length, 2048, dtype=dtype), array(2048, 32), array(32)]
+    inputs += [array(1, length), row, row]
+    return inputs, array(1, length, 1, dtype=jnp.uint32), array(1, length, 32), mesh
+
+
+def graded(impl, inputs, words):
+    """Gradients of the loss's sum to all inputs."""
+
+    def total(inputs):
+        x, w, b, *rest = inputs
+        options = dict(zip(NAMES[3:], rest), impl=impl)
+        return bitwise_cross_entropy(x, w, b, words, **options).sum()
+
+    return jax.grad(total)(inputs)
+
+
+def guided(impl, inputs, uniforms, numbers):
+    """Draws with guidance, temperature and top-p that are arguments of the program."""
+    x, w, b, _, scale, shift = inputs
+    options = dict(zip(("guidance", "temperature", "top_p"), numbers), scale=scale, shift=shift)
+    return sample_bits(x, w, b, uniforms, x_uncond=x, impl=impl, **options)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_check_6_tpu_compiles_at_the_2b_heads_shape(topology):
+    """10,521 tokens, which no block divides: one kernel forward, one backward, one for draws; what
+    is stored beside arguments and results is less than a twentieth of x."""
+    pytest.importorskip("libtpu", reason="needs the aot extra")
+    inputs, words, uniforms, mesh = head_2b(topology)
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=uniforms.sharding)
+    with mesh:
+        run = jax.jit(functools.partial(graded, "auto"))
+        gradient = run.lower(inputs, words).compile()
+        run = jax.jit(functools.partial(guided, "auto"))
+        draws = run.lower(inputs, uniforms, [number] * 3).compile()
+    for compiled, names in ((gradient, ("forward", "backward")), (draws, ("sample",))):
+        lines = compiled.as_text().splitlines()
+        calls = [x for x in lines if 'custom_call_target="tpu_custom_call"' in x]
+        assert len(calls) == len(names)
+        assert all(any(f"bitwise_{name}" in x for x in calls) for name in names)
+        size = compiled.memory_analysis().temp_size_in_bytes
+        assert size < 10521 * 2048 * 2 / 20, size
+
+
 def test_mistakes_are_named():
     x, w, b, weights, scale, shift = tensors(SHAPES[1])
     bits = packing.pack(jnp.asarray(some_bits(2, 37, 16)))
@@ -387,5 +446,10 @@ def test_mistakes_are_named():
         bitwise_cross_entropy(x, w, b, bits, scale=scale)
     with pytest.raises(ValueError, match="not empty"):
         bitwise_cross_entropy(x[:, :0], w, b, bits[:, :0])
+    with pytest.raises(NotSupported, match="multiple of 128, not 16"):
+        bitwise_cross_entropy(x, w, b, bits, chunk=16, impl="tpu_interpret")
+    wide = jnp.zeros((2, 37, 3), jnp.uint32)
+    with pytest.raises(NotSupported, match="up to 64 bits, not 70"):
+        bitwise_cross_entropy(x, jnp.zeros((24, 70)), jnp.zeros(70), wide, impl="tpu_interpret")
     with pytest.raises(ValueError, match="guidance=3.0 needs x_uncond"):
         sample_bits(x, w, b, jnp.zeros((2, 37, 16)), guidance=3.0)
