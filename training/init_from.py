@@ -5,11 +5,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from export.load import load_pretrained
+from export.weights import unflatten
+from models import MODELS
 from training.checkpoint import Checkpoints
 from training.sharding import place
-from training.tree import flat
+from training.tree import flat, unbox, unflat
+from training.workdir import read_config
 
 
 def load(config, model, params: Any) -> dict[str, jax.Array]:
@@ -75,7 +79,29 @@ def _from_run(workdir: Path, like: Any) -> dict[str, jax.Array]:
         if held is None:
             raise ValueError(f"config.init_from: {workdir} has no parameter {next(iter(rest))!r}")
         values |= held[0]
-    return {k: values[here.get(k) or rest[k]] for k in wanted}
+    values = {k: values[here.get(k) or rest[k]] for k in wanted}
+    return _finalised(workdir, found[1], values, like)
+
+
+def _finalised(workdir: Path, meta: dict, values: dict, like: Any) -> dict[str, jax.Array]:
+    """`values` with the run's running statistics written in, as its own evaluation uses them."""
+    config = read_config(meta["config"])
+    if config.model.name not in MODELS:
+        return values
+    model = MODELS[config.model.name](config)
+    finalise = model.predict.get("finalise")
+    if finalise is None:
+        return values
+    whole = NamedSharding(next(iter(flat(like).values())).sharding.mesh, PartitionSpec())
+    shapes = jax.eval_shape(lambda: unbox(model.init(jax.random.key(0))[1]))
+    wanted = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+        for name, x in flat(shapes).items()
+        if not name.startswith("perceptual/")  # weights of a loss, no statistics
+    }
+    saved = _restore(workdir / "checkpoints", {f"extra/{k}": x for k, x in wanted.items()})[0]
+    extra = unflatten({k: saved[f"extra/{k}"] for k in wanted})
+    return flat(jax.jit(finalise)(unflat(values, like), extra))
 
 
 def _restore(folder: Path, like: dict):

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from training.metrics import write_text
 
@@ -34,3 +35,14 @@ def write_config(workdir: Path, config) -> None:
     if jax.process_index() == 0:
         values = json.loads(config.to_json_best_effort())
         write_text(workdir / "config.json", json.dumps(values, indent=1) + "\n")
+
+
+def read_config(values: dict) -> ConfigDict:
+    """The config that was written as JSON: its lists are tuples again."""
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {key: tuples(item) for key, item in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(values))

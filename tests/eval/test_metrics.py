@@ -7,6 +7,27 @@ import scipy.linalg
 from eval import metrics
 
 
+def test_ssim_equals_windows_spelled_out():
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (2, 14, 12, 3)).astype(np.uint8)
+    y = np.clip(x + rng.normal(0, 20, x.shape), 0, 255)
+    g = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    g = np.outer(g, g) / g.sum() ** 2
+    values = []
+    for row in range(4):
+        for column in range(2):
+            a, b = (np.float64(t[0, row : row + 11, column : column + 11, 1]) for t in (x, y))
+            ma, mb = (g * a).sum(), (g * b).sum()
+            va, vb = (g * (a - ma) ** 2).sum(), (g * (b - mb) ** 2).sum()
+            cov = (g * (a - ma) * (b - mb)).sum()
+            c1, c2 = 2.55**2, 7.65**2
+            luminance = (2 * ma * mb + c1) / (ma**2 + mb**2 + c1)
+            values.append(luminance * (2 * cov + c2) / (va + vb + c2))
+    assert metrics.ssim(x[:1, ..., 1:2], y[:1, ..., 1:2]) == pytest.approx(np.mean(values))
+    np.testing.assert_allclose(metrics.ssim(x, x), 1.0)
+    np.testing.assert_allclose(metrics.ssim(x[:, :5, :5], x[:, :5, :5]), 1.0)  # a smaller window
+
+
 def test_frechet_distance_equals_matrix_square_root():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))

@@ -16,6 +16,8 @@ def test_psnr_of_a_known_error(config, oracle, params, tmp_path):
     metrics = evaluate(oracle.model, shifted, step=1, rng=jax.random.key(0), workdir=tmp_path)
     assert metrics["psnr"] == pytest.approx(20 * np.log10(255 / 10), abs=0.6)
     assert metrics["psnr_mean_picture"] < 15 and metrics["pictures"] == 10
+    assert metrics["ssim_mean_picture"] < metrics["ssim"] < 1
+    assert (tmp_path / "samples" / "reconstruction-1.png").stat().st_size > 1000
 
 
 def test_models_without_a_tokenizer_are_named(config, tmp_path):
@@ -29,4 +31,4 @@ def test_a_tokenizer_model_reconstructs_itself(config, oracle, params, tmp_path)
     model = SimpleNamespace(predict={"reconstruct": lambda params, images: images})
     evaluate = EVALUATORS["reconstruction"](config)
     metrics = evaluate(model, params, step=1, rng=jax.random.key(0), workdir=tmp_path)
-    assert np.isinf(metrics["psnr"])
+    assert np.isinf(metrics["psnr"]) and metrics["ssim"] == pytest.approx(1.0)

@@ -64,6 +64,28 @@ def test_flip_mirrors_about_half(make_config, take):
     assert 30 < mirrored < 100
 
 
+def test_batches_come_at_several_sides(make_config, take):
+    """Larger pictures in proportionally smaller batches, every process at the same side."""
+    fields = dict(name="images", source="openmoji", flip=True, sizes=(8, 16, 32))
+    whole = take(build(make_config(8, **fields)), 12)
+    halves = [take(build(make_config(8, **fields), i, 2), 12) for i in range(2)]
+    shapes = {batch["image"].shape for batch in whole}
+    assert shapes == {(8, 8, 8, 3), (4, 16, 16, 3), (2, 32, 32, 3)}
+    for step, batch in enumerate(whole):
+        for key in ("image", "label"):
+            joined = np.concatenate([half[step][key] for half in halves])
+            np.testing.assert_array_equal(joined, batch[key])
+    with pytest.raises(ValueError, match="12 must divide config.data.image_size=32"):
+        build(make_config(8, **fields | dict(sizes=(12, 32))))
+
+
+def test_shrinking_averages_squares():
+    x = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    got = transforms.shrink(x, 2)
+    assert got[1, 0, 1, 2] == round(float(x[1, :4, 4:, 2].mean()))
+    assert transforms.shrink(x, 8) is x
+
+
 def test_large_sets_are_decoded_on_demand(make_config, take):
     fields = dict(name="images", source="openmoji+scenes")
     memory = take(build(make_config(8, **fields)), 3)

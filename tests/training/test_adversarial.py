@@ -130,6 +130,13 @@ def test_weight_is_clipped():
     assert adversarial.adaptive_weight(jnp.zeros(4), jnp.ones(4)) == 0
 
 
+def test_lecam_penalty_leaves_small_scores_alone():
+    scores = lambda *x: jnp.array(x).reshape(-1, 1, 1, 1)  # noqa: E731
+    assert adversarial.lecam_zero(scores(0.3, -0.2), scores(-0.1)) == 0  # means within 0.1
+    got = adversarial.lecam_zero(scores(0.3, 0.5), scores(-0.6))
+    np.testing.assert_allclose(got, 0.3**2 + 0.5**2, rtol=1e-5)
+
+
 def test_hinge_values():
     real = jnp.array([2.0, 0.5]).reshape(2, 1, 1, 1)
     fake = jnp.array([-2.0, 0.5]).reshape(2, 1, 1, 1)

@@ -1,12 +1,19 @@
 """config.init_from: whole models and parts, from published files and from runs of ours."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
+from configs.common import base
 from export.weights import flat_map, save_safetensors, to_published
-from training import init_from, setup
-from training.sharding import scope
+from models import MODELS
+from tests.models.test_image_tokenizers import tiny_config
+from training import init_from, setup, state
+from training.checkpoint import Checkpoints
+from training.objectives import OBJECTIVES
+from training.sharding import make_mesh, scope
 from training.state import INIT, create, key_for
 from training.tree import flat
 
@@ -73,6 +80,26 @@ def test_from_a_run_with_frozen_parts(toy, tmp_path):
     with pytest.raises(ValueError, match="has no parameter 'trunk/"):
         (tmp_path / "frozen").rename(tmp_path / "gone")
         first_state(toy.config(init_from=str(tmp_path)))
+
+
+def test_from_a_run_takes_its_running_statistics(tmp_path):
+    """A codebook's revived codes lie in the state beside the parameters; they come along."""
+    tiny = tiny_config("vq")
+    config = base(model=tiny.model, data=dict(image_size=16), batch_size=4)
+    model, mesh = MODELS["bsq_vae"](config), make_mesh(config.mesh)
+    with scope(mesh):
+        plan = state.plan(model, OBJECTIVES["model"](model, config), config, mesh)
+        made, _ = create(plan, key_for(config, INIT), {})
+        made["extra"]["quantiser"]["offset"] += 3.0
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
+        meta = dict(config=json.loads(config.to_json_best_effort()), frozen=None)
+        checkpoints.save(1, made, None, meta, wait=True)
+        checkpoints.close()
+        config.init_from = str(tmp_path)
+        loaded = init_from.load(config, model, plan.params)
+    for name, value in flat(made["params"]).items():
+        moved = 3.0 if name == "quantiser/embedding" else 0.0
+        np.testing.assert_allclose(loaded[name], value + moved, rtol=1e-6)
 
 
 def test_frozen_parts_are_loaded_before_they_freeze(toy, reference):
