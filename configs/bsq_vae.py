@@ -11,6 +11,7 @@ Any quantiser and size is an override: --config.model.tokenizer.z=32, .scales=1 
 | --- | --- | --- |
 | (none) | 32 px to 85 tokens of 16 bits on 4 scales, 0.6 M parameters | 2 CPU cores, minutes |
 | 64 | the same tokens of 64 px, 2.5 M parameters | 2 CPU cores, half an hour |
+| full | 64 with every loss on: LPIPS (AlexNet, the eval extra), PatchGAN | 2 CPU cores, hours |
 | debug | 20 steps of the default | under a minute |
 | d16, d32, d64 | Infinity's 110 M parameters at stride 16, stage 1: 256 px, dense scales | pods |
 | d16_stage2, ... d64_stage2 | stage 2: 256, 512, 1024 px in turn; init_from=stage 1 | pods |
@@ -55,7 +56,7 @@ SIZES = {"d16": "infinity_d16", "d32": "infinity_d32", "d64": "infinity_d64", "8
 
 def get_config(arg=""):
     """The config of one variant; see the table above."""
-    names = ("debug", "64", *SIZES, *(f"{name}_stage2" for name in SIZES))
+    names = ("debug", "64", "full", *SIZES, *(f"{name}_stage2" for name in SIZES))
     variant = common.parse_arg(arg, names).variant
     name = variant.removesuffix("_stage2")
     if name in SIZES:
@@ -76,9 +77,12 @@ def small(model, variant):
         checkpoint=dict(every=500, keep=2),
         log_every=50,
     )
-    if variant == "64":
+    if variant in ("64", "full"):
         config.model.tokenizer.size = config.model.tokenizer.size.replace("32", "64")
         config.data.image_size, config.batch_size, config.optimizer.lr = 64, 32, 1e-3
+    if variant == "full":
+        config.model.perceptual = "alexnet"
+        config.objective = dict(name="adversarial", start=1500, weight=0.5, width=32, layers=2)
     if variant == "debug":
         config.steps, config.log_every, config.batch_size = 20, 5, 16
         config.data.update(categories=("food",), scenes=200)

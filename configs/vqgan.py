@@ -10,6 +10,7 @@ quantiser are overrides: --config.model.tokenizer.codebook=1024, .schedule=geome
 | --- | --- | --- |
 | (none) | 32 px to 64 of 512 codes (9 bits), 0.6 M parameters | 2 CPU cores, minutes |
 | 64 | the same tokens of 64 px, 2.6 M parameters | 2 CPU cores, half an hour |
+| full | 64 with every loss on: LPIPS (AlexNet, the eval extra), PatchGAN | 2 CPU cores, hours |
 | debug | 20 steps of the default | under a minute |
 | chameleon | 69 M parameters, 512 px, stride 16, 8,192 codes of 256, published names | pods |
 | var | 70 M parameters, 256 px, ten residual scales, 4,096 codes of 32, published names | pods |
@@ -32,7 +33,7 @@ MODEL = bsq_vae.MODEL | dict(
 
 def get_config(arg=""):
     """The config of one variant; see the table above."""
-    variant = common.parse_arg(arg, ("debug", "64", "chameleon", "var")).variant
+    variant = common.parse_arg(arg, ("debug", "64", "full", "chameleon", "var")).variant
     if variant in ("chameleon", "var"):
         return _published(variant)
     return bsq_vae.small(MODEL, variant)
