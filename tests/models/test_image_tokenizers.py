@@ -22,6 +22,7 @@ from models.tokenizers.discrete_weights import weight_map
 from models.tokenizers.quantisers import bits, vq
 from tests.golden import recipes
 from training.objectives import OBJECTIVES
+from training.sharding import make_mesh, scope
 
 _CONV = dict(ch=32, mult=(1, 2), z=8, res_blocks=1, resolution=32)
 CHAMELEON = discrete.TokenizerConfig(**_CONV, quantiser="vq", codebook=32, quant_conv=1)
@@ -240,7 +241,8 @@ def train(config, steps, lr=3e-3):
         params, frozen = objective.init(rng, params)
         return meta.unbox((params, frozen, extra))
 
-    first, frozen, extra = jax.jit(init)(jax.random.key(0))
+    with scope(make_mesh(dict(data=-1, fsdp=1, tensor=1, seq=1))):  # as the loop does
+        first, frozen, extra = jax.jit(init)(jax.random.key(0))
     tx = optax.adam(lr, b1=0.5)
 
     @jax.jit
