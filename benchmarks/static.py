@@ -18,6 +18,7 @@ class Program(NamedTuple):
 
     function: Callable
     arrays: Sequence[Any]  # abstract
+    donate: Sequence[int] = ()
 
 
 class TpuKernel(NamedTuple):
@@ -25,9 +26,8 @@ class TpuKernel(NamedTuple):
 
     name: str
     steps: int  # of its grid
-    trips: tuple[
-        int, ...
-    ] = ()  # of the loops in its body, in order; a grid step runs each so often
+    # Of the loops in its body, in order: how often a grid step runs each, on average.
+    trips: tuple[float, ...] = ()
     # What the mathematics asks of the vector unit and of that for exponentials, in registers of
     # 1024 numbers for the whole call; 0 where others bind.
     vector: float = 0.0
@@ -39,7 +39,7 @@ class TpuOp(NamedTuple):
     """What tpu_static compiles of one op."""
 
     columns: Mapping[str, Any]  # of every kernel's row
-    kernels: Mapping[str, TpuKernel]  # all of them are in the last program
+    kernels: Mapping[str, TpuKernel]
     programs: Mapping[str, Program]  # the op with its kernels, fusions around them included
     uses: Mapping[str, Sequence[str]]  # kernels of each program
     xla: Mapping[str, Mapping[int, Program]]  # the same in plain XLA, for every chunk to try

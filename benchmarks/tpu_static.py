@@ -71,7 +71,8 @@ def one(args) -> list[dict]:
 
     def compiled(program):
         with jax.set_mesh(jax.sharding.Mesh([device], ("data",))):  # ops see what they run on
-            text = jax.jit(program.function).lower(*program.arrays).compile().as_text()
+            run = jax.jit(program.function, donate_argnums=program.donate)
+            text = run.lower(*program.arrays).compile().as_text()
         return hlo.analyse(text, 1)
 
     programs = {what: compiled(program) for what, program in op.programs.items()}
@@ -84,7 +85,9 @@ def one(args) -> list[dict]:
     found, times = [], {}
     for row, kernel in op.kernels.items():
         schedule, capacity = read(args.one, kernel.name, kernel.trips)
-        (work,) = (x for x in [*programs.values()][-1].kernels if kernel.name in x.name)
+        # A kernel of several programs is the same in all of them.
+        works = (x for program in [*programs.values()][::-1] for x in program.kernels)
+        work = next(x for x in works if kernel.name in x.name)
         matrix, memory = work.flops / chip.peak, work.moved / chip.hbm_rate
         slots = max(kernel.vector / capacity["VALU"], kernel.exponentials / capacity["EUP"])
         vector = slots / chip.clock / cores
@@ -130,8 +133,8 @@ def read(folder: str, kernel: str, trips=()) -> tuple[dict, dict]:
         times = _times(_newest(folder, kernel, "final_bundles.txt"), trips)
     total = sum(times)
     used = [sum(n * x for n, x in zip(times, column)) for column in zip(*bundles, strict=True)]
-    return {"bundles": total} | {
-        slot.lower(): used[i] if slot in ("FILL", "SPILL") else _round(used[i] / total / n)
+    return {"bundles": round(total)} | {
+        slot.lower(): round(used[i]) if slot in ("FILL", "SPILL") else _round(used[i] / total / n)
         for i, (slot, n) in enumerate(capacity.items())
     }, capacity
 
@@ -146,11 +149,12 @@ def _newest(folder: str, kernel: str, suffix: str) -> list[str]:
 
 def _times(lines: list[str], trips) -> list[int]:
     """How often each bundle runs in a grid step: `LB: >>` begins a loop inside the grid's, and
-    bundles of its body are marked with two arrows."""
+    bundles of its body are marked with two arrows; with one where each core has one grid step."""
     bundles = [m.groups() for line in lines if (m := BUNDLE.match(line))]
+    grid = any(mark == "LB" and len(depth) > 1 for mark, depth in bundles)
     times, loop = [], -1
     for mark, depth in bundles:
-        inside = len(depth) > 1
+        inside = len(depth) > grid
         loop += inside and mark == "LB"
         times.append(trips[loop] if inside and loop < len(trips) else 1)
     if loop + 1 != len(trips):

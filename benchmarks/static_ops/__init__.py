@@ -8,8 +8,10 @@ A builder runs in the child process of its program, with the compilers of its to
 described, not attached; `args` are the command line's.
 """
 
-from benchmarks.static_ops import attention, mlstm, selective_scan, ssd
+from benchmarks.static_ops import attention, bitwise, cache, mlstm, selective_scan, ssd
 
-TPU = {**attention.TPU, "mlstm": mlstm.tpu, "selective_scan": selective_scan.tpu, "ssd": ssd.tpu}
-GPU = {"mlstm": mlstm.GPU, "selective_scan": selective_scan.GPU, "ssd": ssd.GPU}
+TPU = {**attention.TPU, **bitwise.TPU, **cache.TPU, "mlstm": mlstm.tpu}
+TPU |= {"selective_scan": selective_scan.tpu, "ssd": ssd.tpu}
+GPU = {"bitwise": bitwise.GPU, "mlstm": mlstm.GPU, "selective_scan": selective_scan.GPU}
+GPU |= {"ssd": ssd.GPU}
 GPU_ROWS = {"mlstm": mlstm.gpu_rows, "selective_scan": selective_scan.gpu_rows, "ssd": ssd.gpu_rows}

@@ -11,19 +11,32 @@ from kernels.bitwise import bits as packing
 from kernels.bitwise import ref, tpu, xla
 from kernels.bitwise.ref import Draw, Inputs
 
+
+def _on_gpu(name, *args, **options):
+    # Imported when used: Mosaic GPU is not part of every jaxlib.
+    from kernels.bitwise import gpu
+
+    return getattr(gpu, name)(*args, **options)
+
+
 IMPLEMENTATIONS = {
     "ref": ref.cross_entropy,
     "xla": xla.cross_entropy,
     "tpu": tpu.cross_entropy,
     "tpu_interpret": functools.partial(tpu.cross_entropy, interpret=True),  # on the CPU, for tests
+    "gpu": functools.partial(_on_gpu, "cross_entropy"),
+    "gpu_interpret": functools.partial(_on_gpu, "cross_entropy", interpret=True),
 }
 SAMPLERS = {
     "ref": ref.sample,
     "xla": xla.sample,
     "tpu": tpu.sample,
     "tpu_interpret": functools.partial(tpu.sample, interpret=True),
+    "gpu": functools.partial(_on_gpu, "sample"),
+    "gpu_interpret": functools.partial(_on_gpu, "sample", interpret=True),
 }
-# Tried in this order by impl="auto"; the last one takes everything.
+# Tried in this order by impl="auto"; the last one takes everything. No measurement shows yet that a
+# GPU is faster with its kernels, so they have to be asked for.
 AUTO = {"tpu": ("tpu", "xla"), "cpu": ("xla",)}
 
 

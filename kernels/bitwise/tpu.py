@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.bitwise import bits as packing
-from kernels.bitwise import tpu_kernels
+from kernels.bitwise import modulation, tpu_kernels
 from kernels.bitwise.ref import Draw, Inputs
 from kernels.bitwise.tpu_kernels import LANES, ONES, Options
 from kernels.errors import NotSupported
@@ -223,17 +223,8 @@ def _backward(options, residuals, dloss):
     zeros = jax.tree.map(jnp.zeros_like, inputs._replace(bits=None))
     grads = zeros._replace(x=found["dx"], b=g.sum(0), w=P.sum(0).T)
     if options.normalised:
-        grads = grads._replace(**of_modulation(inputs, P - mean_h[..., None], g))
+        grads = grads._replace(**modulation.gradients(inputs, P - mean_h[..., None], g))
     return (grads,)
-
-
-def of_modulation(inputs: Inputs, G, g) -> dict:
-    """Gradients of w, scale and shift from G [rows, d, C], g times the normalised x, and g [rows,
-    d], both summed over a row's tokens."""
-    w = inputs.w.T
-    highest = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    dw = (G * (1.0 + inputs.scale[:, None])).sum(0) + highest("bd,bc->dc", g, inputs.shift)
-    return dict(w=dw.T, scale=(w * G).sum(1), shift=highest("bd,dc->bc", g, w))
 
 
 _loss.defvjp(_forward, _backward)

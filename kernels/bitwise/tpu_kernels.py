@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 
 from kernels.bitwise import ref as reference
 from kernels.bitwise.bits import WORD
+from kernels.bitwise.modulation import split
 
 LANES = 128
 ONES = 16  # rows of ones below W: a tile of bfloat16
@@ -45,15 +46,6 @@ class Options(NamedTuple):
     def products(self) -> int:
         """Rows of W that dx takes, without the ones: parts whose product counts."""
         return self.parts * (self.parts + 1) // 2 * self.rows
-
-
-def split(a, parts: int) -> list:
-    """bfloat16 arrays whose sum is a, as far as they reach."""
-    found = []
-    for _ in range(parts):
-        found.append(a.astype(jnp.bfloat16))
-        a = a - found[-1].astype(jnp.float32)
-    return found
 
 
 def split_x(x, options: Options) -> list:

@@ -380,6 +380,34 @@ def test_extreme_log_odds(impl):
         assert all(np.isfinite(np.asarray(a, np.float32)).all() for a in grads)
 
 
+@pytest.mark.parametrize("d, modulation", [(8, True), (56, False)])
+def test_checks_1_to_3_gpu_equals_ref(d, modulation):
+    """The three Hopper kernels in the interpreter: two overlapping blocks, channels that are not
+    whole pieces, bits that stand twice and that do not. Of bfloat16 only dx is rounded to it."""
+    inputs, bits = tensors((1, 72, 130, d, 0), jnp.bfloat16), some_bits(1, 72, d)
+    inputs = inputs if modulation else inputs[:4]
+    uniforms = jax.random.uniform(jax.random.key(1), (1, 72, d))
+    cotangent = jnp.cos(jnp.arange(72.0))
+
+    def run(impl, inputs):
+        def total(inputs):
+            loss = call(inputs, bits, impl=impl)
+            return (loss * cotangent).sum(), loss
+
+        x, w, b, _, *rest = inputs
+        options = dict(zip(NAMES[4:], rest), x_uncond=0.5 * x, guidance=3.0, top_p=0.97)
+        drawn = sample_bits(x, w, b, uniforms, impl=impl, **options)
+        return jax.jit(jax.grad(total, has_aux=True))(inputs), drawn
+
+    (grads, loss), drawn = run("gpu_interpret", inputs)
+    (want_grads, want), right = run("ref", [a.astype(jnp.float32) for a in inputs])
+    assert_close(loss, want, 1e-5)
+    for name, a, b in zip(NAMES, grads, want_grads):
+        assert_close(a, b, 1e-2 if name == "x" else 1e-5)
+    for a, b in zip(drawn, right):
+        np.testing.assert_array_equal(a, b)
+
+
 def head_2b(topology, dtype=jnp.bfloat16, length=10521):
     """(inputs of the 2B generator's head for one picture of a megapixel, words, uniforms, the
     context): abstract, on an absent device."""
@@ -435,6 +463,24 @@ def test_check_6_tpu_compiles_at_the_2b_heads_shape(topology):
         assert size < 10521 * 2048 * 2 / 20, size
 
 
+@pytest.mark.aot
+def test_check_6_hopper_compiles_at_the_2b_heads_shape():
+    """One kernel forward, two with the gradient, one for draws; at lengths that are not a multiple
+    of 8 x and dx are copied."""
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the aot extra")
+    from training import topology
+
+    inputs, words, uniforms, mesh = head_2b("h100:1")
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=uniforms.sharding)
+    options = topology.compiler_options(topology.parse("h100:1"))
+    programs = ((2, graded, inputs, words), (1, guided, inputs, uniforms, [number] * 3))
+    with mesh:
+        for count, run, *arrays in programs:
+            traced = jax.jit(functools.partial(run, "gpu")).trace(*arrays)
+            compiled = traced.lower(lowering_platforms=("cuda",)).compile(options)
+            assert compiled.as_text().count('custom_call_target="mosaic_gpu') == count
+
+
 def test_mistakes_are_named():
     x, w, b, weights, scale, shift = tensors(SHAPES[1])
     bits = packing.pack(jnp.asarray(some_bits(2, 37, 16)))
@@ -451,5 +497,9 @@ def test_mistakes_are_named():
     wide = jnp.zeros((2, 37, 3), jnp.uint32)
     with pytest.raises(NotSupported, match="up to 64 bits, not 70"):
         bitwise_cross_entropy(x, jnp.zeros((24, 70)), jnp.zeros(70), wide, impl="tpu_interpret")
+    with pytest.raises(NotSupported, match="on GPU takes bfloat16, not float32"):
+        bitwise_cross_entropy(x, w, b, bits, impl="gpu")
+    with pytest.raises(NotSupported, match="takes Hopper"):
+        bitwise_cross_entropy(x.astype(jnp.bfloat16), w, b, bits, impl="gpu")
     with pytest.raises(ValueError, match="guidance=3.0 needs x_uncond"):
         sample_bits(x, w, b, jnp.zeros((2, 37, 16)), guidance=3.0)
