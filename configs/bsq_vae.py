@@ -51,6 +51,7 @@ MODEL = dict(
     perceptual="",  # "" | vgg16 | alexnet: LPIPS of the eval extra
     perceptual_weight=1.0,
 )
+GAN = dict(name="adversarial", weight=0.3, adaptive=False, lecam=0.05, width=128, layers=3)
 SIZES = {"d16": "infinity_d16", "d32": "infinity_d32", "d64": "infinity_d64", "8b": "infinity_8b"}
 
 
@@ -92,41 +93,23 @@ def small(model, variant):
 
 
 def _published(size, stage):
-    """Stage 1 at 256 px, the discriminator joins after 50,000 of 500,000 steps; stage 2 from its
-    weights with the discriminator at once, each step at one of 256, 512 and 1024 px (8 : 4 : 2)."""
+    """Stage 1 at 256 px; stage 2 from its weights, each step at 256, 512 or 1024 px (8 : 4 : 2)."""
     first = stage == 1
+    sides, drop = ((256,), 450_000) if first else ((256, 512, 1024), 150_000)
     dense = first or size != "infinity_8b"  # no dense schedule is known for 128 x 128 latents
     recipe = dict(weight=4.0, drop_scales=0.5, schedule="dense" if dense else "")
     return common.base(
         steps=500_000 if first else 200_000,
         batch_size=256,
         model=MODEL
-        | dict(
-            tokenizer=dict(size=size),
-            recipe=RECIPE | recipe,
-            reconstruction="l1",
-            perceptual="vgg16",
-        ),
-        objective=dict(
-            name="adversarial",
-            start=50_000 if first else 0,
-            weight=0.3,
-            adaptive=False,
-            lecam=0.05,
-            width=128,
-            layers=3,
-        ),
+        | dict(tokenizer=dict(size=size), recipe=RECIPE | recipe)
+        | dict(reconstruction="l1", perceptual="vgg16"),
+        objective=GAN | dict(start=50_000 if first else 0),
         data=data_config(
-            name="images",
-            source="folder",
-            image_size=256 if first else 1024,
-            sizes=() if first else (256, 512, 1024),
-            flip=True,
+            name="images", source="folder", flip=True, image_size=max(sides), sizes=sides
         ),
         optimizer=dict(lr=1e-4, b2=0.95, clip=1.0, groups=dict(discriminator=dict(lr_scale=2.0))),
-        schedule=dict(
-            name="piecewise", boundaries=(450_000 if first else 150_000,), factors=(0.1,)
-        ),
+        schedule=dict(name="piecewise", boundaries=(drop,), factors=(0.1,)),
         mesh=dict(data=1, fsdp=-1, tensor=1, seq=1),
         precision="bfloat16",
         remat="full",
