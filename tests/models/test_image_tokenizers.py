@@ -19,7 +19,7 @@ from models import MODELS
 from models.tokenizers import discrete
 from models.tokenizers.autoencoder import psnr, to_float
 from models.tokenizers.discrete_weights import weight_map
-from models.tokenizers.quantisers import bits, vq
+from models.tokenizers.quantisers import bits, schedules, vq
 from tests.golden import recipes
 from training.objectives import OBJECTIVES
 from training.sharding import make_mesh, scope
@@ -180,6 +180,21 @@ def test_published_names_and_shapes(size, key, golden):
     assert {n.split(" ")[0] for n in theirs - ours} <= {
         "quantize.lfq.mask", "quantize.ema_vocab_hit_SV",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio", [0.333, 1.0, 1.5])
+def test_aspect_ratios(ratio):
+    """Pictures of any ratio to the tokens of its schedule and back; 40 bits take two words."""
+    cfg = discrete.TokenizerConfig(
+        ch=8, mult=(1,), z=40, res_blocks=1, mid_attn=False, groups=4, stem=4, schedule="dynamic"
+    )
+    schedule = schedules.infinity(ratio, "0.06M")
+    images = jax.ShapeDtypeStruct((2, 4 * schedule[-1][0], 4 * schedule[-1][1], 3), jnp.float32)
+    params = discrete.abstract(cfg)
+    codes = jax.eval_shape(lambda p, x: discrete.encode(p, cfg, x), params, images)
+    assert (codes.shape, codes.dtype) == ((2, schedules.tokens(schedule), 2), jnp.uint32)
+    back = jax.eval_shape(lambda p, c: discrete.decode(p, cfg, c, grid=schedule[-1]), params, codes)
+    assert back.shape == images.shape
 
 
 def test_weights_round_trip_and_extra_tensors_are_ignored():
