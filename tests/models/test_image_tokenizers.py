@@ -1,5 +1,6 @@
 """Discrete image tokenizers against public ones, their sizes and names, their training."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -37,19 +38,23 @@ VAR = discrete.TokenizerConfig(
 )  # fmt: skip
 
 
+abstract = functools.cache(discrete.abstract)
+
+
 @pytest.fixture(scope="module")
 def golden():
     return recipes.load("tokenizers")
 
 
 def published_shapes(cfg):
-    zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), discrete.abstract(cfg))
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), abstract(cfg))
     return {k: v.shape for k, v in to_published(zeros, weight_map(cfg)).items()}
 
 
+@functools.cache
 def golden_params(cfg, seed, only=None):
     """Parameters from the recipe's weights under their published names."""
-    shapes, like = published_shapes(cfg), discrete.abstract(cfg)
+    shapes, like = published_shapes(cfg), abstract(cfg)
     if only:  # transformers ships no decoder
         like = {k: v for k, v in like.items() if k in only}
         shapes = {k: v for k, v in shapes.items() if not k.startswith("decoder.")}
@@ -147,7 +152,7 @@ def test_residual_vq_matches_var(golden):
 
 
 def count(cfg):
-    tree = discrete.abstract(cfg)
+    tree = abstract(cfg)
     return {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in tree.items()}
 
 
@@ -190,7 +195,7 @@ def test_aspect_ratios(ratio):
     )
     schedule = schedules.infinity(ratio, "0.06M")
     images = jax.ShapeDtypeStruct((2, 4 * schedule[-1][0], 4 * schedule[-1][1], 3), jnp.float32)
-    params = discrete.abstract(cfg)
+    params = abstract(cfg)
     codes = jax.eval_shape(lambda p, x: discrete.encode(p, cfg, x), params, images)
     assert (codes.shape, codes.dtype) == ((2, schedules.tokens(schedule), 2), jnp.uint32)
     back = jax.eval_shape(lambda p, c: discrete.decode(p, cfg, c, grid=schedule[-1]), params, codes)
@@ -200,7 +205,7 @@ def test_aspect_ratios(ratio):
 def test_weights_round_trip_and_extra_tensors_are_ignored():
     params, names = golden_params(VAR, 40), weight_map(VAR)
     published = to_published(params, names) | {"quantize.ema_vocab_hit_SV": np.zeros((3, 48))}
-    again = from_published(published, names, discrete.abstract(VAR))
+    again = from_published(published, names, abstract(VAR))
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 

@@ -9,17 +9,18 @@ import numpy as np
 from kernels.bitwise.bits import unpack
 from models.tokenizers.conv import space_to_depth
 from models.tokenizers.quantisers import schedules
-from models.tokenizers.quantisers.self_correction import (
-    draw_flips,
-    flip_probabilities,
-    self_correction,
-)
+from models.tokenizers.quantisers import self_correction as module
+from models.tokenizers.quantisers.self_correction import draw_flips, flip_probabilities
 from tests.models.test_quantisers import (
     GRID,
     SCHEDULE,
     golden_features,
     hexadecimal,
     random_features,
+)
+
+self_correction = jax.jit(
+    module.self_correction, static_argnums=1, static_argnames=("relabel", "patchify")
 )
 
 
