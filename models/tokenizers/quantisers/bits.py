@@ -182,10 +182,8 @@ def build(cfg, options) -> Quantiser:
     def scale_terms(u, b):
         """(per-image sums, batch entropy) of one scale."""
         square = jnp.square(u - jax.lax.stop_gradient(code(b, spherical))).mean((1, 2, 3))
-        if spherical:
-            own, shared = factorised_entropies(u, options.inv_temperature)
-            return square, own / options.inv_temperature, shared / options.inv_temperature
-        return square, *joint_entropies(u, options.inv_temperature)
+        entropies = factorised_entropies if spherical else joint_entropies
+        return square, *entropies(u, options.inv_temperature)
 
     def quantise(params, extra, features, rng, *, example, images):
         del params, example
@@ -204,11 +202,12 @@ def build(cfg, options) -> Quantiser:
             for i in (0, 1)
         )
         shared = share * sum(kept[k] * t[2] for k, t in enumerate(terms)) / kept.sum()
-        loss = options.weight * (options.commitment * square + options.entropy * (own - shared))
+        spread = (own - shared) / (options.inv_temperature if spherical else 1.0)
+        loss = options.weight * (options.commitment * square + options.entropy * spread)
         used = bits_used(got.bits)
         metrics = {
             "commitment": square,
-            "entropy_token": own,
+            "entropy_token": own,  # nats, as the next
             "entropy_code": shared,
             "bits_per_token": share * cfg.z,
             "bits_used": share * used,
