@@ -46,14 +46,25 @@ def some_bits(*shape):
     return np.random.default_rng(shape).integers(0, 2, shape)
 
 
-def call(inputs, bits=None, **options):
-    """bitwise_cross_entropy of `tensors`."""
+@functools.partial(jax.jit, static_argnames=("impl", "chunk"))
+def jitted(inputs, words, *, impl, chunk):
     x, w, b, *rest = inputs
-    bits = some_bits(*x.shape[:-1], w.shape[1]) if bits is None else bits
-    if options.get("impl") == "ref":
-        options.pop("chunk", None)
     given = dict(zip(NAMES[3:], rest))
-    return bitwise_cross_entropy(x, w, b, packing.pack(jnp.asarray(bits)), **(given | options))
+    return bitwise_cross_entropy(x, w, b, words, **given, impl=impl, chunk=chunk)
+
+
+def call(inputs, bits=None, *, impl, chunk=None):
+    """bitwise_cross_entropy of `tensors`."""
+    x, w = inputs[:2]
+    bits = some_bits(*x.shape[:-1], w.shape[1]) if bits is None else bits
+    return jitted(inputs, packed(bits), impl=impl, chunk=None if impl == "ref" else chunk)
+
+
+def packed(bits):
+    """pack, without JAX."""
+    d = bits.shape[-1]
+    bits = np.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, -d % 32)]).astype(bool)
+    return np.packbits(bits, axis=-1, bitorder="little").view("<u4")
 
 
 class TestBitwise(SevenChecks):
@@ -101,13 +112,13 @@ class TestBitwise(SevenChecks):
         super().test_check_3_float32_gradients(impl, gradient_shape, False)
 
     def test_check_4_tokens_are_independent(self, impl):
-        """A call on all tokens is two calls on some of them; [N, C] is one row of it."""
+        """A call on all tokens is calls on some of them; [N, C] is one row of it."""
         shape = SHAPES[1]
         inputs, bits = tensors(shape), some_bits(2, 37, 16)
         options = dict(impl=impl, chunk=self.chunk(shape, impl))
         whole = call(inputs, **options)
         x, w, b, weights, scale, shift = inputs
-        for cut in (slice(0, 17), slice(17, 37)):
+        for cut in (slice(0, 17), slice(20, 37)):
             part = [x[:, cut], w, b, weights[:, cut], scale, shift]
             assert_close(call(part, bits[:, cut], **options), whole[:, cut], 1e-6)
         row = [x[1], w, b, weights[1], scale[1:], shift[1:]]
@@ -167,7 +178,7 @@ def plain(x, w, b, weights, scale, shift, bits):
 def test_check_9_fused_equals_plain(impl, d):
     """Loss and all six gradients, float32 to 1e-5 of plain jnp; rows of 150 and 97 tokens (the
     other's last 53 have weight 0 and what must not matter in them), blocks that do not divide."""
-    shape = (2, 150, 128, d, 64)
+    shape = (2, 150, 130, d, 64)
     inputs, bits = tensors(shape), some_bits(2, 150, d)
     used = jnp.arange(150) < jnp.array([[150], [97]])
     inputs[0] = jnp.where(used[..., None], inputs[0], 1e4)
@@ -229,11 +240,19 @@ def test_check_9_memory():
     assert max(a.size for a in made[0]) == 8192 * 256  # dx
 
 
-def draw(z, uniforms, **options):
-    """sample_bits of tokens [N, d] whose log odds are z: an identity for a head."""
-    eye = jnp.eye(z.shape[-1], dtype=jnp.float32)
-    words, codes = sample_bits(z, eye, jnp.zeros(z.shape[-1]), uniforms, **options)
-    bits = packing.unpack(words, z.shape[-1])
+@functools.partial(jax.jit, static_argnames="impl")
+def sampled(x, w, b, uniforms, numbers, arrays, *, impl):
+    """sample_bits; guidance, temperature and top-p are traced."""
+    return sample_bits(x, w, b, uniforms, impl=impl, **numbers, **arrays)
+
+
+def draw(z, uniforms, uncond=None, *, impl, **numbers):
+    """Drawn bits of tokens [N, d] whose log odds are z: an identity for a head."""
+    numbers = dict(guidance=1.0, temperature=1.0, top_p=1.0) | numbers
+    d, arrays = z.shape[-1], dict(x_uncond=z if uncond is None else uncond)
+    head = jnp.eye(d, dtype=jnp.float32), jnp.zeros(d)
+    words, codes = sampled(z, *head, uniforms, numbers, arrays, impl=impl)
+    bits = packing.unpack(words, d)
     np.testing.assert_array_equal(codes, packing.codes(bits))
     assert codes.dtype == jnp.float32
     return np.asarray(bits)
@@ -242,7 +261,7 @@ def draw(z, uniforms, **options):
 @pytest.mark.parametrize("impl", ["ref", *IMPLS])
 def test_check_10_draws(impl):
     """z = 1 is drawn as 1 with probability sigmoid(1), to 3 standard errors; top-p 0.97 lets 3.47
-    flip and 3.48 not; guidance and temperature act on log odds; any of them may be traced."""
+    flip and 3.48 not; guidance and temperature act on log odds; all three are traced."""
     d, tokens = 16, 1000
     uniforms = jax.random.uniform(jax.random.key(0), (tokens, d))
     z = jnp.ones((tokens, d))
@@ -256,16 +275,8 @@ def test_check_10_draws(impl):
     # sigmoid(3.48) without top-p, of which the uniforms decide.
     np.testing.assert_array_equal(draw(3.48 * z, uniforms, impl=impl), uniforms < one(3.48))
     # z = (4 x 0.5 - 3 x 0.2) / 0.7 = 2.
-    options = dict(guidance=4.0, temperature=0.7, impl=impl)
-    got = draw(0.5 * z, uniforms, x_uncond=0.2 * z, **options)
+    got = draw(0.5 * z, uniforms, 0.2 * z, guidance=4.0, temperature=0.7, impl=impl)
     np.testing.assert_array_equal(got, uniforms < one(2.0))
-    traced = jax.jit(
-        lambda g, t, p: sample_bits(
-            0.5 * z, jnp.eye(d), jnp.zeros(d), uniforms, x_uncond=0.2 * z, guidance=g,
-            temperature=t, top_p=p, impl=impl,
-        )[0]
-    )  # fmt: skip
-    np.testing.assert_array_equal(packing.unpack(traced(4.0, 0.7, 1.0), d), got)
     # Temperature 0 is the likelier value; 0 itself is bit 0, as in the tokenizer.
     some = jnp.asarray(np.linspace(-1, 1, tokens * d).reshape(tokens, d), jnp.float32)
     np.testing.assert_array_equal(draw(some, uniforms, temperature=0.0, impl=impl), some > 0)
@@ -277,19 +288,23 @@ def test_check_10_guidance_of_one_is_none(impl):
     """Bits of guidance 1 are those without unconditional tokens; a modulation of their own is used
     for these; bits and codes equal the reference's."""
     x, w, b, _, scale, shift = tensors((2, 37, 24, 16, 16))
-    other = tensors((2, 37, 24, 16, 16), seed=3)
+    other, modulation = tensors((2, 37, 24, 16, 16), seed=3), dict(scale=scale, shift=shift)
     uniforms = jax.random.uniform(jax.random.key(1), (2, 37, 16))
-    run = functools.partial(sample_bits, x, w, b, uniforms, scale=scale, shift=shift, impl=impl)
-    alone, _ = run(top_p=0.9)
-    np.testing.assert_array_equal(run(top_p=0.9, x_uncond=other[0], guidance=1.0)[0], alone)
-    guided = dict(x_uncond=other[0], guidance=3.0, temperature=0.5, top_p=0.97)
-    own = guided | dict(scale_uncond=other[4], shift_uncond=other[5])
-    for options in (guided, own):
-        bits, codes = run(**options)
-        want, right = run(**options, **dict(impl="ref"))
+
+    def run(impl, numbers, **arrays):
+        numbers = dict(guidance=3.0, temperature=0.5, top_p=0.97) | numbers
+        return sampled(x, w, b, uniforms, numbers, modulation | arrays, impl=impl)
+
+    uncond = dict(x_uncond=other[0])
+    alone, _ = run(impl, dict(guidance=1.0))
+    np.testing.assert_array_equal(run(impl, dict(guidance=1.0), **uncond)[0], alone)
+    own = uncond | dict(scale_uncond=other[4], shift_uncond=other[5])
+    found = [run(impl, {}, **arrays) for arrays in (uncond, own)]
+    for (bits, codes), arrays in zip(found, (uncond, own)):
+        want, right = run("ref", {}, **arrays)
         np.testing.assert_array_equal(bits, want)
         np.testing.assert_array_equal(codes, right)
-    assert (run(**guided)[0] != run(**own)[0]).any() and (run(**guided)[0] != alone).any()
+    assert (found[0][0] != found[1][0]).any() and (found[0][0] != alone).any()
 
 
 EIGHT = """
@@ -326,7 +341,7 @@ def test_check_10_same_bits_on_eight_devices():
     assert [json.loads(line) for line in done.stdout.splitlines()] == [[8, True], [8, True]]
 
 
-@pytest.mark.parametrize("d", [1, 8, 31, 32, 33, 56, 64, 70])
+@pytest.mark.parametrize("d", [8, 33, 64])
 def test_check_12_words(d):
     """Packed words are Python's integers, bit i worth 2^i; no type of 64 bits appears."""
     bits = some_bits(3, 5, d)
@@ -349,12 +364,9 @@ def test_check_12_no_integers_of_64_bits(impl):
     """d = 64: neither the loss with its gradients nor a draw computes with one, x64 or not."""
     inputs, bits = tensors((1, 5, 24, 64, 4)), some_bits(1, 5, 64)
     uniforms = jnp.full((1, 5, 64), 0.5, jnp.float32)
-    packed = packing.pack(jnp.asarray(bits))
 
     def loss(inputs):
-        x, w, b, *rest = inputs
-        given = dict(zip(NAMES[3:], rest))
-        return bitwise_cross_entropy(x, w, b, packed, impl=impl, **given).sum()
+        return call(inputs, bits, impl=impl).sum()
 
     def drawn(inputs):
         return sample_bits(*inputs[:3], uniforms, impl=impl)
@@ -362,7 +374,7 @@ def test_check_12_no_integers_of_64_bits(impl):
     for f in (jax.grad(loss), drawn):
         for a in arrays_of(jax.make_jaxpr(f)(inputs).jaxpr):
             assert a.dtype.itemsize <= 4, a
-    words, codes = drawn(inputs)
+    words, codes = jax.eval_shape(drawn, inputs)
     assert words.shape == (1, 5, 2) and codes.shape == (1, 5, 64)
 
 
@@ -373,9 +385,11 @@ def test_extreme_log_odds(impl):
     x = jnp.full((1, 4, 16), 100.0, jnp.bfloat16)
     w = jnp.where(jnp.arange(16) < 8, 6.25, -6.25) * jnp.ones((16, 1))
     given, right = [x, w, jnp.zeros(16), jnp.ones((1, 4))], np.arange(16) < 8
+    total = jax.jit(
+        jax.value_and_grad(lambda g, words: jitted(g, words, impl=impl, chunk=None).sum())
+    )
     for bits, want in ((right, 0.0), (~right, 1e4)):
-        bits = np.broadcast_to(bits, (1, 4, 16))
-        loss, grads = jax.value_and_grad(lambda g, y=bits: call(g, y, impl=impl).sum())(given)
+        loss, grads = total(given, packed(np.broadcast_to(bits, (1, 4, 16))))
         assert loss == pytest.approx(4 * want)
         assert all(np.isfinite(np.asarray(a, np.float32)).all() for a in grads)
 
@@ -384,7 +398,7 @@ def test_extreme_log_odds(impl):
 def test_checks_1_to_3_gpu_equals_ref(d, modulation):
     """The three Hopper kernels in the interpreter: two overlapping blocks, channels that are not
     whole pieces, bits that stand twice and that do not. Of bfloat16 only dx is rounded to it."""
-    inputs, bits = tensors((1, 72, 130, d, 0), jnp.bfloat16), some_bits(1, 72, d)
+    inputs, bits = tensors((1, 72, 72, d, 0), jnp.bfloat16), some_bits(1, 72, d)
     inputs = inputs if modulation else inputs[:4]
     uniforms = jax.random.uniform(jax.random.key(1), (1, 72, d))
     cotangent = jnp.cos(jnp.arange(72.0))
@@ -395,8 +409,9 @@ def test_checks_1_to_3_gpu_equals_ref(d, modulation):
             return (loss * cotangent).sum(), loss
 
         x, w, b, _, *rest = inputs
-        options = dict(zip(NAMES[4:], rest), x_uncond=0.5 * x, guidance=3.0, top_p=0.97)
-        drawn = sample_bits(x, w, b, uniforms, impl=impl, **options)
+        numbers = dict(guidance=3.0, top_p=0.97)
+        arrays = dict(zip(NAMES[4:], rest), x_uncond=0.5 * x)
+        drawn = sampled(x, w, b, uniforms, numbers, arrays, impl=impl)
         return jax.jit(jax.grad(total, has_aux=True))(inputs), drawn
 
     (grads, loss), drawn = run("gpu_interpret", inputs)
