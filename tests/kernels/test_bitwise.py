@@ -78,7 +78,7 @@ class TestBitwise(SevenChecks):
         ("xla", dict(data=2, fsdp=1, tensor=2, seq=2)),
         ("tpu_interpret", dict(data=1, fsdp=4, tensor=1, seq=2)),
     )
-    MESH_SHAPE = (4, 16, 24, 16, 8)
+    MESH_SHAPE = (4, 16, 24, 16, 128)
 
     inputs = staticmethod(tensors)
     test_check_4_calls_equal_steps = None
