@@ -106,9 +106,12 @@ def sample_bits(
         raise ValueError(f"sample_bits: guidance={guidance} needs x_uncond")
     inputs, uncond = _inputs(x, w, b, scale, shift), None
     if x_uncond is not None:
-        own = scale_uncond is not None
-        modulation = (scale_uncond, shift_uncond) if own else (scale, shift)
+        modulation = scale_uncond, shift_uncond
+        if all(a is None for a in modulation):
+            modulation = scale, shift
         _check("sample_bits, unconditional", x_uncond, w, b, *modulation)
+        if (modulation[0] is None) != (scale is None):
+            raise ValueError("sample_bits: scale_uncond and shift_uncond need scale and shift")
         uncond = _inputs(x_uncond.astype(x.dtype), w, b, *modulation)
     run, name = dispatch.choose("sample_bits", impl, SAMPLERS, AUTO)
     options = {} if name == "ref" else dict(chunk=chunk)

@@ -507,6 +507,11 @@ def test_mistakes_are_named():
         bitwise_cross_entropy(x, w, b, bits, scale=scale)
     with pytest.raises(ValueError, match="not empty"):
         bitwise_cross_entropy(x[:, :0], w, b, bits[:, :0])
+    draws = functools.partial(sample_bits, x, w, b, jnp.zeros((2, 37, 16)), x_uncond=x)
+    with pytest.raises(ValueError, match="both or neither"):
+        draws(scale=scale, shift=shift, shift_uncond=shift)
+    with pytest.raises(ValueError, match="need scale and shift"):
+        draws(scale_uncond=scale, shift_uncond=shift)
     with pytest.raises(NotSupported, match="multiple of 128, not 16"):
         bitwise_cross_entropy(x, w, b, bits, chunk=16, impl="tpu_interpret")
     wide = jnp.zeros((2, 37, 3), jnp.uint32)
