@@ -42,7 +42,8 @@ class TpuOp(NamedTuple):
     kernels: Mapping[str, TpuKernel]
     programs: Mapping[str, Program]  # the op with its kernels, fusions around them included
     uses: Mapping[str, Sequence[str]]  # kernels of each program
-    xla: Mapping[str, Mapping[int, Program]]  # the same in plain XLA, for every chunk to try
+    # Some of them in plain XLA, for every chunk to try.
+    xla: Mapping[str, Mapping[int, Program]]
 
 
 class GpuProgram(NamedTuple):

@@ -109,7 +109,8 @@ def one(args) -> list[dict]:
     # XLA's fusions, around the kernels as well, are taken to use both cores too; its estimate does
     # not say.
     rate = 1e-3 * chip.clock * cores
-    for what, program in programs.items():
+    for what in xla:
+        program = programs[what]
         kernels, around = sum(times[row] for row in op.uses[what]), program.cycles / rate
         best = min(xla[what], key=xla[what].get)
         theirs = xla[what][best] / rate

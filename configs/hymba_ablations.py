@@ -13,6 +13,7 @@ Leaves report.md, report.json and report.png in the workdir.
 | (none), recall | associative recall: 8 keys with values in 64 tokens | Mamba far below the rest |
 | needle | 4 keys with values in 256 tokens, windows of 16 | all windows far below two global |
 | text | bits per byte, bytes of the state, tokens a second | side by side >= one after the other |
+| meta | share of attention on the first token, entropy | both fall with meta tokens |
 | debug | recall with a few steps, two of the models | minutes |
 """
 
@@ -21,6 +22,7 @@ from configs.runs import ablation
 
 NODE = "model.hymba."
 EVERYWHERE, ENDS, NOWHERE = "(0,1,2,3)", "(0,3)", "()"
+PLACES = ("attention/first", "attention/meta", "attention/self", "attention/entropy")
 COST = ("speed/parameters", "speed/train_tokens_per_s", "speed/state_bytes_8192")
 
 
@@ -45,10 +47,16 @@ GROUPS = {
 
 def get_config(arg=""):
     """The list of runs of one comparison."""
-    variant = common.parse_arg(arg, ("recall", "needle", "text", "debug")).variant
+    variant = common.parse_arg(arg, ("recall", "needle", "text", "meta", "debug")).variant
+    short = (f"{NODE}size=debug", f"{NODE}window=64", "sample.prompts=()")
+    short += ("steps=300", "schedule.decay=60")
+    if variant == "meta":
+        pair = {"without": GROUPS["+ shared keys"], "with": GROUPS["+ meta tokens"]}
+        extra = (*short, 'evals=("bits_per_byte","attention")')
+        columns = ("bits_per_byte/bits_per_byte", *PLACES)
+        return ablation("configs/hymba.py", pair, extra, columns)
     if variant == "text":
-        extra = (f"{NODE}size=debug", f"{NODE}window=64", 'evals=("bits_per_byte","speed")')
-        extra += ("sample.prompts=()", "steps=300", "schedule.decay=60")
+        extra = (*short, 'evals=("bits_per_byte","speed")')
         columns = ("bits_per_byte/bits_per_byte", *COST)
         return ablation("configs/hymba.py", GROUPS, extra, columns)
     columns = ("losses/held_out_accuracy", "losses/held_out_loss", *COST)

@@ -11,6 +11,7 @@ PROMPTS = {
 }
 SAMPLE = dict(
     max_new=96,
+    rows=1,  # of the decoding step that is exported, and that a dry run compiles
     temperature=0.8,  # 0: the most likely token
     top_k=0,  # 0: all tokens
     top_p=0.95,

@@ -20,6 +20,7 @@ _MODULES = {
     "losses": "eval.losses",
     "bits_per_byte": "eval.bits_per_byte",
     "speed": "eval.speed",
+    "attention": "eval.attention",
     "edits": "eval.edits",
     "sheets": "eval.sheets",
     "power_law": "eval.scaling.power_law",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export  # not an attribute of jax until it is imported
+import jax.numpy as jnp
 
 from export.weights import unflatten
 
@@ -46,6 +47,7 @@ def functions(model, config, params: Any) -> dict[str, Function]:
         found["text_logits"] = _text_logits(model)
     elif {"logits", "init_state"} <= offered:  # a language model
         found["text_logits"] = _language_logits(model)
+        found |= _decoding(model, config, params)
     if drawing.possible(model.predict):
         found |= drawing.functions(model, config, params)
     return found
@@ -74,6 +76,35 @@ def _language_logits(model) -> Function:
         return {"logits": model.predict["logits"](params, inputs)}
 
     return Function(call, inputs, "logits [1, tokens, vocabulary] of the token after each token")
+
+
+def _decoding(model, config, params) -> dict[str, Function]:
+    """decode_start and decode_step: config.sample.rows rows of up to config.data.length tokens."""
+    rows, length = config.sample.rows, config.data.length
+
+    def start(params):
+        return model.predict["init_state"](params, rows, length)
+
+    leaves, tree = jax.tree_util.tree_flatten_with_path(jax.eval_shape(start, params))
+    names = [f"state/{jax.tree_util.keystr(k, simple=True, separator='/')}" for k, _ in leaves]
+
+    def flat(state):
+        return dict(zip(names, jax.tree.leaves(state)))
+
+    def step(params, inputs):
+        state = tree.unflatten([inputs[name] for name in names])
+        logits, state = model.predict["extend"](params, inputs["token"], state)
+        return flat(state) | {"logits": logits}
+
+    inputs = {name: leaf for name, (_, leaf) in zip(names, leaves)}
+    inputs["token"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    one = "logits [rows, vocabulary] of the token after `token` [rows], and the state after it"
+    return {
+        "decode_start": Function(
+            lambda params, inputs: flat(start(params)), {}, "the state before any token"
+        ),
+        "decode_step": Function(step, inputs, one),
+    }
 
 
 def serialise(function: Function, params: Mapping[str, Any]) -> tuple[bytes, dict]:

@@ -344,6 +344,7 @@ class Block(nn.Module):
             mask = shared.mask(window)
         q = constrain(q, "batch", "length", "act_heads", None)
         k, v = (constrain(a, "batch", None, "act_kv_heads", None) for a in kv)
+        self.sow("attended", "seen", (q, k, mask))  # kept only where `attended` asks for it
         y = attention(q, k, v, mask, impl=self.impl)
         return y.reshape(*y.shape[:2], cfg.inner), kv, own, cache
 
@@ -479,6 +480,23 @@ class Hymba(language.Net):
         return x, left
 
 
+def attended(net: Hymba, params, batch) -> list[tuple[Array, Array, MaskSpec]]:
+    """Queries [b, t, h, k], keys [b, m + t, g, k] and mask of every attending layer, in order; the
+    first m keys are the meta tokens'."""
+    positions = batch.get("positions")
+    call = functools.partial(net.apply, {"params": params}, mutable="attended")
+    _, left = call(batch["tokens"], None, batch["segment_ids"], None, positions)
+    found = {}
+    for number, run in enumerate(net.cfg.runs()):
+        for i, layer in enumerate(run.unit):
+            if layer.attends:
+                seen = left["attended"][f"run{number}"][str(i)]["seen"][-1]  # [0] is the meta row's
+                for n in range(run.count):
+                    at = run.first + n * len(run.unit) + i
+                    found[at] = jax.tree.map(lambda x, n=n: x[n], seen)
+    return [found[layer] for layer in sorted(found)]
+
+
 def empty_memory(cfg: HymbaConfig, rows: int, dtype, layers: tuple[int, ...] = ()) -> Memory:
     """Before any token."""
     conv = jnp.zeros((*layers, rows, cfg.taps - 1, cfg.inner), dtype)
@@ -487,7 +505,9 @@ def empty_memory(cfg: HymbaConfig, rows: int, dtype, layers: tuple[int, ...] = (
 
 def slots(cfg: HymbaConfig, layer: Layer, max_len: int) -> int:
     """Of a layer's cache: the meta tokens, then a ring of window + 1 or everything."""
-    return cfg.meta + (max_len if layer.everywhere else min(cfg.window + 1, max_len))
+    return kv_cache.padded(
+        cfg.meta + (max_len if layer.everywhere else min(cfg.window + 1, max_len))
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -104,4 +104,5 @@ def cache_report(cfg: HymbaConfig, tokens: int, bytes_per_number: int = 2) -> di
 
 def build(config) -> Model:
     """The language model behind the seam of models/__init__.py."""
-    return language.build(config, hymba.SIZES, Hymba, hymba.init_state, weight_map)
+    functions = dict(attended=hymba.attended)
+    return language.build(config, hymba.SIZES, Hymba, hymba.init_state, weight_map, **functions)

@@ -148,15 +148,15 @@ def rounded(net: Net, params):
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def predict(net: Net, init_state: Callable) -> dict[str, Callable]:
-    """What samplers, evaluators and exporters call."""
+def predict(net: Net, init_state: Callable, **more: Callable) -> dict[str, Callable]:
+    """What samplers, evaluators and exporters call; more: others of (net, params, ...)."""
 
     def logits(params, batch):
         return apply(net, params, read(net, params, {"segment_ids": None} | batch), method="logits")
 
     functions = dict(text_nll=text_nll, prefill=prefill, extend=extend, rounded=rounded)
-    bound = {name: functools.partial(f, net) for name, f in functions.items()}
-    return bound | {"logits": logits, "init_state": init_state}
+    functions |= dict(init_state=init_state, **more)
+    return {name: functools.partial(f, net) for name, f in functions.items()} | {"logits": logits}
 
 
 def init(net: Net, rng):
@@ -164,11 +164,13 @@ def init(net: Net, rng):
     return net.init(rng, jnp.zeros((1, 2), jnp.int32), method="text")["params"]
 
 
-def build(config, sizes, module: type[Net], init_state: Callable, weights: Callable) -> Model:
+def build(
+    config, sizes, module: type[Net], init_state: Callable, weights: Callable, **more: Callable
+) -> Model:
     """The language model behind the seam of models/__init__.py.
 
     sizes: what config.model.<name>.size chooses from; init_state(net, params, rows, max_len);
-    weights(cfg): the map to published names.
+    weights(cfg): the map to published names; more: see `predict`.
     """
     name = config.model.name
     cfg = sized(sizes, config.model[name], f"model.{name}")
@@ -187,7 +189,7 @@ def build(config, sizes, module: type[Net], init_state: Callable, weights: Calla
         init=lambda rng: (init(net, rng), {}),
         loss=functools.partial(loss, net),
         norms=norms,
-        predict=predict(net, functools.partial(init_state, net)),
+        predict=predict(net, init_state, **more),
         batches={name: dict.fromkeys(keys, ints(rows)) for name, rows in batches.items()},
         weights=weights(cfg),
     )

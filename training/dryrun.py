@@ -272,7 +272,10 @@ SAMPLER_STEPS = ("image_token_step", "decode_step")
 
 
 def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
-    """Memory and estimated time of one sampling step, where the model has one to export."""
+    """Memory and estimated time of one sampling step, where the model has one to export.
+
+    Its matrices are in the type that they are multiplied in, as when sampling.
+    """
     import jax
 
     from export.functions import functions
@@ -282,16 +285,30 @@ def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
     name = next((n for n in SAMPLER_STEPS if n in found), None)
     if name is None:
         return None
-    args = (built.plan.params, dict(found[name].inputs))
-    traced = jax.jit(found[name].call, donate_argnums=1).trace(*args)
+    params, inputs = built.plan.params, dict(found[name].inputs)
+    rows = inputs["token"].shape[0] if "token" in inputs else 1
+    if "rounded" in built.model.predict:
+        rounded = jax.eval_shape(built.model.predict["rounded"], params)
+        params = jax.tree.map(_placed, rounded, jax.tree.map(lambda x: x.sharding, params))
+    traced = jax.jit(found[name].call, donate_argnums=1).trace(params, inputs)
     compiled, _ = _compile(traced, topology)
     if compiled is None:
-        return dict(name=name, total_bytes=None, seconds=None)
+        return dict(name=name, rows=rows, total_bytes=None, seconds=None)
     memory = _memory(compiled, 0, "", topology.chip)
     program = hlo.analyse(compiled.as_text(), topology.count)
     executed = flops.jaxpr_flops(traced.jaxpr.jaxpr) * topology.count  # every device does it all
     seconds = estimate(program, executed, memory, topology, 1)["seconds"]
-    return dict(name=name, total_bytes=memory["total_bytes"], seconds=seconds)
+    return dict(
+        name=name, rows=rows, total_bytes=memory["total_bytes"], seconds=seconds,
+        moved=compiled.cost_analysis()["bytes accessed"],
+    )  # fmt: skip
+
+
+def _placed(leaf, sharding):
+    """An abstract array where another one lies."""
+    import jax
+
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def advice(config, mesh: dict[str, int], result: dict) -> list[str]:
@@ -370,8 +387,10 @@ def table(result: dict) -> str:
 def _sampler_text(sampler: dict) -> str:
     if sampler["seconds"] is None:
         return "does NOT fit"
+    rows = "one row" if sampler["rows"] == 1 else f"{sampler['rows']} rows"
     return (
-        f"one row, {gib(sampler['total_bytes'])} per device, {sampler['seconds']:.3g} s (estimate)"
+        f"{rows}, {gib(sampler['total_bytes'])} per device, reads and writes "
+        f"{gib(sampler['moved'])}, {sampler['seconds']:.3g} s (estimate)"
     )
 
 

@@ -169,7 +169,8 @@ def test_rounded_parameters_give_the_same_scores(name):
 def test_it_writes_what_its_scores_say(name):
     """Greedy tokens are the argmax of one pass over prompt and answer."""
     net, params, init_state = case(name)
-    model = types.SimpleNamespace(predict=language.predict(net, init_state))
+    predict = language.predict(net, lambda _, *args: init_state(*args))
+    model = types.SimpleNamespace(predict=predict)
     prompts = [[1, 5, 9], [1], [1, 4, 4, 8, 90, 30, 7]]
     got = generate(model, params, prompts, jax.random.key(0), Sampling(max_new=8))
     for prompt, answer in zip(prompts, got):
@@ -179,19 +180,26 @@ def test_it_writes_what_its_scores_say(name):
 
 
 @pytest.mark.parametrize("name", ["xlstm", "llama", "hymba", "mamba"])
-def test_logits_are_exported(name):
-    """For cpu, cuda and tpu; the file gives the model's own numbers."""
-    config = load_config(f"configs/{name}.py:debug", **{"data.length": 12})
+def test_functions_are_exported(name):
+    """For cpu, cuda and tpu: the scores of whole texts, and the same ones token by token."""
+    config = load_config(f"configs/{name}.py:debug", **{"data.length": 12, "sample.rows": 2})
     model = MODELS_BY_NAME[name](config)
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0))[0])
     flat = flatten(params)
-    function = functions(model, config, params)["text_logits"]
-    data, entry = serialise(function, flat)
-    assert entry["platforms"] == ["cpu", "cuda", "tpu"]
-    tokens = tokens_of(1, 12)
-    got = jax.export.deserialize(bytearray(data)).call(flat, {"tokens": tokens})["logits"]
+    calls = {}
+    for key, function in functions(model, config, params).items():
+        data, entry = serialise(function, flat)
+        assert entry["platforms"] == ["cpu", "cuda", "tpu"]
+        calls[key] = jax.jit(jax.export.deserialize(bytearray(data)).call)
+    tokens = tokens_of(2, 12)
     want = jax.jit(model.predict["logits"])(params, {"tokens": tokens})
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    got = calls["text_logits"](flat, {"tokens": tokens[:1]})["logits"]
+    np.testing.assert_allclose(got, want[:1], atol=1e-5)
+    state = calls["decode_start"](flat, {})
+    for t in range(12):
+        found = calls["decode_step"](flat, dict(state) | {"token": tokens[:, t]})
+        state = {k: v for k, v in found.items() if k != "logits"}
+        np.testing.assert_allclose(found["logits"], want[:, t], atol=2e-5)
 
 
 def test_8_devices_equal_one_device():
