@@ -135,8 +135,10 @@ class _Plan:
         b = jnp.pad(inputs.b, (0, self.rows - d))[:, None]
         return dict(w=(w, self.shared(*w.shape)), b=(b, self.shared(*b.shape)))
 
-    def scratch(self, rows: int, name="") -> dict:
-        """W's parts, and sums over its lanes."""
+    def scratch(self, options: Options, name="", gradient=False) -> dict:
+        """W's parts, ones below them, and sums over its lanes."""
+        rows = options.products if gradient else options.parts * options.rows
+        rows += ONES if options.normalised else 0
         return {
             f"W{name}": pltpu.VMEM((rows, self.wide), jnp.bfloat16),
             f"W{name} sums": pltpu.VMEM((2, self.rows, LANES), jnp.float32),
@@ -192,7 +194,7 @@ def _forward(options, inputs):
     outputs = dict(loss=(_shape(rows, 1, options.length), plan.tokens(1)))
     if options.normalised:
         outputs["stats"] = _shape(rows, 2, options.length), plan.tokens(2)
-    scratch = plan.scratch(options.parts * options.rows)
+    scratch = plan.scratch(options)
     kernel = functools.partial(tpu_kernels.forward, options)
     found = _call(kernel, options, plan, given, outputs, scratch, 2)
     return found["loss"][:, 0], (inputs, found.get("stats"))
@@ -204,9 +206,8 @@ def _backward(options, residuals, dloss):
     words = _by_words(inputs, options)
     given = plan.given(inputs) | plan.head(inputs) | dict(bits=(words, plan.tokens(words.shape[1])))
     given["dloss"] = dloss[:, None], plan.tokens(1)
-    ones = 0
     if options.normalised:
-        given["stats"], ones = (stats, plan.tokens(2)), ONES
+        given["stats"] = stats, plan.tokens(2)
     outputs = dict(
         dx=(_shape(*inputs.x.shape, dtype=inputs.x.dtype), plan.x()),
         P=(_shape(rows, plan.parts, options.rows, wide), plan.sums(options.rows, wide)),
@@ -215,7 +216,7 @@ def _backward(options, residuals, dloss):
             plan.sums(2, options.rows, LANES),
         ),
     )
-    scratch = plan.scratch(options.products + ones)
+    scratch = plan.scratch(options, gradient=True)
     kernel = functools.partial(tpu_kernels.backward, options)
     found = _call(kernel, options, plan, given, outputs, scratch, 6)
     P = found["P"].sum(1)[:, : options.d, : options.channels]
@@ -233,10 +234,10 @@ _loss.defvjp(_forward, _backward)
 def _sample(options: Options, inputs: Inputs, uncond: Inputs | None, uniforms, draw):
     plan, guided = _Plan(options, inputs), uncond is not None
     given = plan.given(inputs) | plan.head(inputs)
-    scratch = plan.scratch(options.parts * options.rows)
+    scratch = plan.scratch(options)
     if guided:
         given |= plan.given(uncond, " uncond")
-        scratch |= plan.scratch(options.parts * options.rows, " uncond")
+        scratch |= plan.scratch(options, " uncond")
     given["uniforms"] = uniforms, plan.tokens(options.rows)
     given["draw"] = draw, pl.BlockSpec(memory_space=pltpu.SMEM)
     count = packing.words(options.d)

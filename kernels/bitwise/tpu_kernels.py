@@ -11,7 +11,7 @@ Gradient of a row, with h = rstd g [bits, tokens], zh = rstd (x W - mean sum(W))
     dx = h^T W + A - x B     B = rstd^2 sum(g zh) / C     A = mean B - rstd sum(g sum(W)) / C
     P = h x                  of which dw and dscale follow without the tokens (tpu.py)
 
-A is one more row of the product with W, of ones.
+A is one more row of the product with W, of ones; forward that row gives the sums of x.
 """
 
 from typing import NamedTuple
@@ -64,40 +64,39 @@ def added(a, options: Options, parts: int):
     return sum(a[i * options.rows : (i + 1) * options.rows] for i in range(parts))
 
 
-def prepare(options: Options, first, ref, into: str, *clear) -> None:
-    """Before a row's first block: W's parts and what else is the row's; `clear` becomes 0."""
-    wide = ref["w"].shape[1]
-    W, sums = ref[into], ref[f"{into} sums"]
+def prepare(options: Options, first, ref, name="", gradient=False) -> None:
+    """Before a row's first block: W's parts, ones below them, and sums over W's lanes. For a
+    gradient the parts come as often as dx takes them, and P becomes 0."""
+    W, sums = ref[f"W{name}"], ref[f"W{name} sums"]
 
     # A loop of no trips costs nothing, where a condition would be counted by the static figures.
-    @pl.loop(0, jnp.where(first, wide // LANES, 0))
+    @pl.loop(0, jnp.where(first, W.shape[1] // LANES, 0))
     def _(j):
         lanes = pl.ds(pl.multiple_of(j * LANES, LANES), LANES)
         w = ref["w"][:, lanes]
         offset = jnp.zeros_like(w)
         if options.normalised:
-            offset = w * ref[f"shift{into[1:]}"][:, lanes]
-            w = w * (1.0 + ref[f"scale{into[1:]}"][:, lanes])
+            offset = w * ref[f"shift{name}"][:, lanes]
+            w = w * (1.0 + ref[f"scale{name}"][:, lanes])
         parts = split(w, options.parts)
-        row = 0
-        for other in range(options.parts):  # of h, beside which fewer and fewer of W's count
-            for part in parts[: options.parts - other] if W.shape[0] > row else ():
-                W[row : row + options.rows, lanes] = part
-                row += options.rows
-        if W.shape[0] > row:
-            W[row:, lanes] = jnp.ones((ONES, LANES), jnp.bfloat16)
+        taken = parts
+        if gradient:  # beside each part of h fewer of W's count
+            taken = [part for n in range(options.parts, 0, -1) for part in parts[:n]]
+        for i, part in enumerate(taken):
+            W[i * options.rows : (i + 1) * options.rows, lanes] = part
+        if options.normalised:
+            W[len(taken) * options.rows :, lanes] = jnp.ones((ONES, LANES), jnp.bfloat16)
         total = sum(part.astype(jnp.float32) for part in parts)
         begun = j > 0
         sums[0] = jnp.where(begun, sums[0], 0.0) + total
         sums[1] = jnp.where(begun, sums[1], 0.0) + offset
-        for name in clear:
-            x = ref[name]
-            x[:, lanes] = jnp.zeros((x.shape[0], LANES), x.dtype)
+        if gradient:
+            ref["P"][:, lanes] = jnp.zeros((options.rows, LANES), jnp.float32)
 
 
-def statistics(options: Options, x):
-    """Rows (mean, rstd), each [1, tokens], of x [tokens, C]. One pass: sums of what is left after
-    the mean of the first lanes, so that a large common part costs no digits."""
+def statistics(options: Options, x, sums):
+    """(mean, rstd), each [1, tokens], of x [tokens, C] and its sums [1, tokens]. Squares are of
+    what is left after the mean of the first lanes: a large common part costs no digits."""
     tile, wide = x.shape
     columns = []
     inside = lax.broadcasted_iota(jnp.int32, (1, LANES), 1) < options.channels % LANES
@@ -105,31 +104,37 @@ def statistics(options: Options, x):
         some = slice(t, min(t + STATS, tile))
         about = x[some, :LANES].astype(jnp.float32).sum(1, keepdims=True)
         about = about / min(options.channels, LANES)
-        first = second = jnp.zeros((some.stop - some.start, LANES), jnp.float32)
+        squares = jnp.zeros((some.stop - some.start, LANES), jnp.float32)
         for j in range(0, wide, LANES):
             rest = x[some, j : j + LANES].astype(jnp.float32) - about
             if j + LANES > options.channels:
                 rest = jnp.where(inside, rest, 0.0)
-            first, second = first + rest, second + rest * rest
-        off = first.sum(1, keepdims=True) / options.channels
-        variance = second.sum(1, keepdims=True) / options.channels - off * off
-        rstd = lax.rsqrt(jnp.maximum(variance, 0.0) + reference.EPS)
-        lane = lax.broadcasted_iota(jnp.int32, first.shape, 1)
-        columns.append(jnp.where(lane == 0, about + off, rstd))
+            squares = squares + rest * rest
+        lane = lax.broadcasted_iota(jnp.int32, squares.shape, 1)
+        columns.append(jnp.where(lane == 0, about, squares.sum(1, keepdims=True)))
     rows = jnp.concatenate(columns, 0).T
-    return rows[0:1], rows[1:2]
+    mean = sums / options.channels
+    off = mean - rows[0:1]
+    variance = rows[1:2] / options.channels - off * off
+    return mean, lax.rsqrt(jnp.maximum(variance, 0.0) + reference.EPS)
 
 
-def log_odds(options: Options, ref, x, mean, rstd, into="W"):
-    """(zh, sum(W), z): [rows, tokens], [rows, 1], [rows, tokens]; x [tokens, C] in parts."""
-    W = ref[into][: options.parts * options.rows]
-    zh = added(sum(product(W, part, (1, 1)) for part in x), options, options.parts)
-    sums, bias = ref[f"{into} sums"], ref["b"][...]
+def log_odds(options: Options, ref, name="", stats=None):
+    """(zh, z, sum(W), mean, rstd, x in parts): zh and z [rows, tokens], sum(W) [rows, 1], the next
+    two [1, tokens], from `stats` if they are known."""
+    x, W, sums = ref[f"x{name}"][...], ref[f"W{name}"], ref[f"W{name} sums"]
+    in_parts, rows = split_x(x, options), options.parts * options.rows
+    count = options.normalised and stats is None
+    W = W[: rows + ONES] if count else W[:rows]
+    found = sum(product(W, part, (1, 1)) for part in in_parts)
+    zh, bias = added(found, options, options.parts), ref["b"][...]
     if not options.normalised:
-        return zh, None, zh + bias
+        return zh, zh + bias, None, None, None, in_parts
+    mean, rstd = statistics(options, x, found[rows : rows + 1]) if count else stats
     total = sums[0].sum(1, keepdims=True)
     zh = rstd * (zh - mean * total)
-    return zh, total, zh + (sums[1].sum(1, keepdims=True) + bias)
+    z = zh + (sums[1].sum(1, keepdims=True) + bias)
+    return zh, z, total, mean, rstd, in_parts
 
 
 def labels(options: Options, words):
@@ -158,12 +163,10 @@ def block():
 
 def forward(options: Options, ref) -> None:
     """Mean loss over bits of each token, and its mean and rstd for the gradient."""
-    prepare(options, block()[0], ref, "W")
-    x, mean, rstd = ref["x"][...], None, None
+    prepare(options, block()[0], ref)
+    _, z, _, mean, rstd, _ = log_odds(options, ref)
     if options.normalised:
-        mean, rstd = statistics(options, x)
         ref["stats"][0:1], ref["stats"][1:2] = mean, rstd
-    _, _, z = log_odds(options, ref, split_x(x, options), mean, rstd)
     loss = jnp.maximum(z, 0.0) - labels(options, ref["bits"][...]) * z
     loss = mine(options, loss + jnp.log1p(jnp.exp(-jnp.abs(z))))
     ref["loss"][...] = loss.sum(0, keepdims=True) / options.d
@@ -172,7 +175,7 @@ def forward(options: Options, ref) -> None:
 def backward(options: Options, ref) -> None:
     """dx of the block; its part of P and of the sums of g and mean h."""
     first, number = block()
-    prepare(options, first, ref, "W", "P")
+    prepare(options, first, ref, gradient=True)
     left = options.length - number * options.tile
 
     @pl.when(first)
@@ -189,13 +192,11 @@ def backward(options: Options, ref) -> None:
                 some = ref["x"][:, lanes].astype(jnp.float32)
                 ref["x"][:, lanes] = jnp.where(there, some, 0.0).astype(ref["x"].dtype)
 
-    x, mean, rstd = ref["x"][...], None, None
-    shape = (1, options.tile)
-    there = lax.broadcasted_iota(jnp.int32, shape, 1) < left
+    there = lax.broadcasted_iota(jnp.int32, (1, options.tile), 1) < left
+    stats = None
     if options.normalised:
-        mean, rstd = (jnp.where(there, ref["stats"][i : i + 1], 0.0) for i in range(2))
-    in_parts = split_x(x, options)
-    zh, total, z = log_odds(options, ref, in_parts, mean, rstd)
+        stats = [jnp.where(there, ref["stats"][i : i + 1], 0.0) for i in range(2)]
+    zh, z, total, mean, rstd, x = log_odds(options, ref, stats=stats)
     cotangent = jnp.where(there, ref["dloss"][...], 0.0) / options.d
     g = mine(options, (jax.nn.sigmoid(z) - labels(options, ref["bits"][...])) * cotangent)
     h, ones = g, []
@@ -215,27 +216,23 @@ def backward(options: Options, ref) -> None:
     against = [h[other] for other in range(options.parts) for _ in range(options.parts - other)]
     against = jnp.concatenate([*against, *ones], 0)
     h = jnp.concatenate(h, 0)
-    step = 2 * LANES
-    for j in range(0, x.shape[1], step):
-        lanes = slice(j, min(j + step, x.shape[1]))
-        some = [part[:, lanes] for part in in_parts]
+    step, wide = 2 * LANES, ref["x"].shape[1]
+    for j in range(0, wide, step):
+        lanes = slice(j, min(j + step, wide))
         dx = product(against, ref["W"][:, lanes], (0, 0))
         if options.normalised:
             dx = dx - ref["x"][:, lanes].astype(jnp.float32) * column
         ref["dx"][:, lanes] = dx.astype(ref["dx"].dtype)
-        of_W = sum(product(h, part, (1, 0)) for part in some)
-        ref["P"][:, lanes] += added(of_W, options, options.parts)
+        P = sum(product(h, part[:, lanes], (1, 0)) for part in x)
+        ref["P"][:, lanes] += added(P, options, options.parts)
 
 
 def sample(options: Options, guided: bool, ref) -> None:
     """Words of drawn bits."""
     found = []
     for name in ("", " uncond") if guided else ("",):
-        prepare(options, block()[0], ref, f"W{name}")
-        x = ref[f"x{name}"][...]
-        stats = statistics(options, x) if options.normalised else (None, None)
-        z = log_odds(options, ref, split_x(x, options), *stats, into=f"W{name}")[2]
-        found.append(z)
+        prepare(options, block()[0], ref, name)
+        found.append(log_odds(options, ref, name)[1])
     draw = reference.Draw(*(ref["draw"][i] for i in range(3)))
     bits = reference.drawn(found[0], found[1] if guided else None, ref["uniforms"][...], draw)
     bits = bits.astype(jnp.int32)
