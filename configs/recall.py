@@ -5,11 +5,13 @@
 
 Aims at no published table: the tasks on which the xLSTM's input gate (arXiv 2503.13427) and Hymba's
 heads (arXiv 2411.13676) are tested, multi-query associative recall as in arXiv 2312.04927. Rows are
-drawn afresh at every step; accuracy counts answers only, chance is 1 / 64.
+drawn afresh at every step; accuracy counts answers only. Chance is 1 in 8 (needle: 1 in 64); who
+knows which values were told, but not whose they are, has 1 in 4. Muon: with AdamW a transformer
+stays there for a thousand steps and more.
 
 | variant | trains on | where, how long |
 | --- | --- | --- |
-| (none) | 8 keys with values, asked for among silence, 64 tokens | 2 CPU cores, minutes |
+| (none) | 4 of 8 keys with values, asked for among silence, 32 tokens | 2 CPU cores, minutes |
 | needle | 4 keys with values hidden in 256 other tokens | 2 CPU cores, minutes |
 | debug | the first with a few steps | under a minute |
 
@@ -24,7 +26,7 @@ from configs.xlstm import CELL, OPTIMIZER
 # Fields that configs/xlstm_ablations.py and configs/hymba_ablations.py change are spelled out.
 MODELS = {
     "xlstm": CELL,
-    "hymba": HEADS | dict(meta=8, window=16, global_layers=(0, 3), groups=((1, 2),)),
+    "hymba": HEADS | dict(meta=8, window=8, global_layers=(0, 3), groups=((1, 2),)),
     "mamba": dict(layers=4),
     "llama": dict(layers=4),
 }
@@ -36,16 +38,16 @@ def get_config(arg=""):
     variant, name = args.variant, args.model
     if name not in MODELS:
         raise ValueError(f"config argument model={name!r}: allowed are {', '.join(MODELS)}")
-    rows = dict(name="recall", length=64, pairs=8)
+    rows = dict(name="recall", length=32, pairs=4, vocab_size=28)
     if variant == "needle":
-        rows = dict(name="needle", length=256, pairs=4)
+        rows = dict(name="needle", length=256, pairs=4, vocab_size=196)
     config = common.base(
         seed=0,
         steps=1500,
-        batch_size=64,
+        batch_size=32,
         model={"name": name, "vocab_size": 0, name: dict(size="debug") | MODELS[name]},
-        data=data_config(vocab_size=196, **rows),
-        optimizer=dict(lr=3e-3) | OPTIMIZER,
+        data=data_config(**rows),
+        optimizer=OPTIMIZER | dict(name="muon", lr=5e-3, clip=1.0),
         schedule=dict(name="cosine", warmup=100, final=0.05),
         evals=("losses",),
         checkpoint=dict(every=500, keep=2),
