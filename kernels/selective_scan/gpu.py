@@ -108,9 +108,11 @@ def _streams(inputs: Inputs, slots: int, *more):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(interpret, inputs: Inputs):
-    return _run(interpret, inputs, keep=False)[0]
+    return _run(interpret, inputs, False)[0]
 
 
+# Jitted, so that a model traces the kernel once and not for every layer.
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def _run(interpret, inputs: Inputs, keep: bool):
     """((y, last state), states before every tile)."""
     options = _options(inputs, interpret, keep)
@@ -132,10 +134,11 @@ def _run(interpret, inputs: Inputs, keep: bool):
 
 
 def _forward(interpret, inputs):
-    out, before = _run(interpret, inputs, keep=True)
+    out, before = _run(interpret, inputs, True)
     return out, (inputs, *before)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(interpret, residuals, cotangents):
     inputs, before = residuals
     dy, dh = cotangents

@@ -226,9 +226,12 @@ def _work(plan: _Plan, products: int, exponentials: int, operations: int) -> tup
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(options, inputs: Inputs):
-    return _run(options, inputs, keep=False)[0]
+    return _run(options, inputs, False)[0]
 
 
+# Jitted, so that a model traces the kernel once and not for every layer: with its tokens spelled
+# out that takes seconds.
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def _run(options, inputs: Inputs, keep: bool):
     """((y, last state), states before every tile)."""
     plan, h0 = _plan(options, inputs), inputs.h0
@@ -245,10 +248,11 @@ def _run(options, inputs: Inputs, keep: bool):
 
 
 def _forward(options, inputs):
-    out, before = _run(options, inputs, keep=True)
+    out, before = _run(options, inputs, True)
     return out, (inputs, before)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(options, residuals, cotangents):
     inputs, before = residuals
     dy, dh = cotangents
