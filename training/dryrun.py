@@ -298,10 +298,7 @@ def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
     program = hlo.analyse(compiled.as_text(), topology.count)
     executed = flops.jaxpr_flops(traced.jaxpr.jaxpr) * topology.count  # every device does it all
     seconds = estimate(program, executed, memory, topology, 1)["seconds"]
-    return dict(
-        name=name, rows=rows, total_bytes=memory["total_bytes"], seconds=seconds,
-        moved=compiled.cost_analysis()["bytes accessed"],
-    )  # fmt: skip
+    return dict(name=name, rows=rows, total_bytes=memory["total_bytes"], seconds=seconds)
 
 
 def _placed(leaf, sharding):
@@ -389,8 +386,7 @@ def _sampler_text(sampler: dict) -> str:
         return "does NOT fit"
     rows = "one row" if sampler["rows"] == 1 else f"{sampler['rows']} rows"
     return (
-        f"{rows}, {gib(sampler['total_bytes'])} per device, reads and writes "
-        f"{gib(sampler['moved'])}, {sampler['seconds']:.3g} s (estimate)"
+        f"{rows}, {gib(sampler['total_bytes'])} per device, {sampler['seconds']:.3g} s (estimate)"
     )
 
 
