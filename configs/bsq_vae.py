@@ -21,8 +21,7 @@ The published variants train with every loss on: L1, LPIPS (the eval extra), Pat
 loss, commitment and entropy of each scale, stochastic depth.
 """
 
-from configs import common
-from configs.data import data_config
+from configs import common, image_tokenizers
 
 RECIPE = dict(
     weight=1.0,  # of the quantiser's terms together
@@ -36,7 +35,7 @@ RECIPE = dict(
     legacy=False,
     revive=0.03,  # vq: codes used less than this share of equal use move; 0 = never
 )
-MODEL = dict(
+MODEL = image_tokenizers.LOSS | dict(
     name="bsq_vae",
     tokenizer=dict(
         size="small_32",
@@ -47,11 +46,8 @@ MODEL = dict(
         scales=4,
     ),
     recipe=RECIPE,
-    reconstruction="l2",  # l1 | l2, mean over pixel values
-    perceptual="",  # "" | vgg16 | alexnet: LPIPS of the eval extra
-    perceptual_weight=1.0,
 )
-GAN = dict(name="adversarial", weight=0.3, adaptive=False, lecam=0.05, width=128, layers=3)
+GAN = dict(weight=0.3, adaptive=False, lecam=0.05, width=128, layers=3)
 SIZES = {"d16": "infinity_d16", "d32": "infinity_d32", "d64": "infinity_d64", "8b": "infinity_8b"}
 
 
@@ -67,17 +63,7 @@ def get_config(arg=""):
 
 def small(model, variant):
     """The default of the discrete tokenizers and its smaller and larger sisters."""
-    config = common.base(
-        steps=3000,
-        batch_size=64,
-        model=model,
-        data=data_config(name="images", flip=True),
-        optimizer=dict(lr=2e-3, b2=0.95, clip=1.0),
-        schedule=dict(name="cosine", warmup=100, final=0.02),
-        evals=("reconstruction",),
-        checkpoint=dict(every=500, keep=2),
-        log_every=50,
-    )
+    config = image_tokenizers.small(model, steps=3000)
     if variant in ("64", "full"):
         config.model.tokenizer.size = config.model.tokenizer.size.replace("32", "64")
         config.data.image_size, config.batch_size, config.optimizer.lr = 64, 32, 1e-3
@@ -85,10 +71,7 @@ def small(model, variant):
         config.model.perceptual = "alexnet"
         config.objective = dict(name="adversarial", start=1500, weight=0.5, width=32, layers=2)
     if variant == "debug":
-        config.steps, config.log_every, config.batch_size = 20, 5, 16
-        config.data.update(categories=("food",), scenes=200)
-        config.checkpoint.every = 10
-        config.evaluation.update(pictures=64)
+        image_tokenizers.debug(config)
     return config
 
 
@@ -98,23 +81,12 @@ def _published(size, stage):
     sides, drop = ((256,), 450_000) if first else ((256, 512, 1024), 150_000)
     dense = first or size != "infinity_8b"  # no dense schedule is known for 128 x 128 latents
     recipe = dict(weight=4.0, drop_scales=0.5, schedule="dense" if dense else "")
-    return common.base(
+    model = dict(tokenizer=dict(size=size), recipe=RECIPE | recipe)
+    return image_tokenizers.published(
+        MODEL | model | image_tokenizers.PUBLISHED_LOSS,
+        GAN | dict(start=50_000 if first else 0),
+        dict(image_size=max(sides), sizes=sides),
         steps=500_000 if first else 200_000,
-        batch_size=256,
-        model=MODEL
-        | dict(tokenizer=dict(size=size), recipe=RECIPE | recipe)
-        | dict(reconstruction="l1", perceptual="vgg16"),
-        objective=GAN | dict(start=50_000 if first else 0),
-        data=data_config(
-            name="images", source="folder", flip=True, image_size=max(sides), sizes=sides
-        ),
         optimizer=dict(lr=1e-4, b2=0.95, clip=1.0, groups=dict(discriminator=dict(lr_scale=2.0))),
         schedule=dict(name="piecewise", boundaries=(drop,), factors=(0.1,)),
-        mesh=dict(data=1, fsdp=-1, tensor=1, seq=1),
-        precision="bfloat16",
-        remat="full",
-        evals=("reconstruction",),
-        eval_every=10_000,
-        checkpoint=dict(every=1000, keep=3, keep_every=50_000),
-        log_every=100,
     )

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict, config_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 HELPERS = (
-    "__init__.py", "common.py", "data.py", "evals.py", "language.py", "loading.py", "runs.py",
+    "__init__.py", "common.py", "data.py", "evals.py", "image_tokenizers.py", "language.py",
+    "loading.py", "runs.py",
 )  # fmt: skip
 
 

@@ -20,8 +20,7 @@ eval extra, PatchGAN with hinge loss, adaptive weight and delayed start). VAR's 
 public: its sizes are, the recipe here is VQGAN's with beta on the commitment.
 """
 
-from configs import bsq_vae, common
-from configs.data import data_config
+from configs import bsq_vae, common, image_tokenizers
 
 MODEL = bsq_vae.MODEL | dict(
     name="vqgan",
@@ -42,29 +41,6 @@ def get_config(arg=""):
 def _published(variant):
     """VQGAN's loss; the learning rate, the batch and the steps are LDM's (see kl_vae.py)."""
     recipe = dict(legacy=variant == "chameleon", revive=0.0)
-    return common.base(
-        steps=500_000,
-        batch_size=256,
-        model=MODEL
-        | dict(
-            tokenizer=dict(size=variant),
-            recipe=bsq_vae.RECIPE | recipe,
-            reconstruction="l1",
-            perceptual="vgg16",
-        ),
-        objective=dict(name="adversarial", start=50_000, weight=0.8, width=64, layers=3),
-        data=data_config(
-            name="images",
-            source="folder",
-            image_size=512 if variant == "chameleon" else 256,
-            flip=True,
-        ),
-        optimizer=dict(lr=1e-4, b1=0.5, b2=0.9, clip=0.0),
-        mesh=dict(data=1, fsdp=-1, tensor=1, seq=1),
-        precision="bfloat16",
-        remat="full",
-        evals=("reconstruction",),
-        eval_every=10_000,
-        checkpoint=dict(every=1000, keep=3, keep_every=50_000),
-        log_every=100,
-    )
+    model = dict(tokenizer=dict(size=variant), recipe=bsq_vae.RECIPE | recipe)
+    size = 512 if variant == "chameleon" else 256
+    return image_tokenizers.ldm(MODEL | model, steps=500_000, weight=0.8, image_size=size)

@@ -6,6 +6,8 @@ claim (arXiv 2411.13676, on meta tokens) is that they take attention from the fi
 the entropy falls.
 """
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -66,7 +68,22 @@ def draw(path: Path, table: Float[np.ndarray, "layers 5"]) -> None:
     right.plot(layers, table[:, 4], "k.-", label="entropy")
     right.set_ylabel("entropy (nats)")
     figure.legend(loc="outside upper center", ncols=5, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+@functools.lru_cache(maxsize=8)
+def summing(attended: Callable) -> Callable:
+    """(params, batch) -> `shares` of every layer [b, layers, 6], compiled once per model."""
+
+    def sums(params, batch):
+        # The first token of a document sees only itself and the meta tokens: not counted.
+        counts = ((batch["segment_ids"] > 0) & (batch["positions"] > 0)).astype(jnp.float32)
+        first = jnp.arange(batch["tokens"].shape[1]) - batch["positions"]
+        layers = [shares(weights(*seen), first, counts) for seen in attended(params, batch)]
+        return jnp.stack(layers, axis=1)
+
+    return jax.jit(sums)
 
 
 def build(config):
@@ -77,26 +94,17 @@ def build(config):
         if "attended" not in model.predict:
             print(f"attention: {config.model.name} does not say what it attends to", flush=True)
             return None
-        attended = model.predict["attended"]
+        sums = summing(model.predict["attended"])
         windows, _, _ = text.windows(config.data, options.held_out)
         rows = min(options.windows, len(windows.tokens))
-
-        @jax.jit
-        def sums(params, batch):
-            # The first token of a document sees only itself and the meta tokens: not counted.
-            counts = ((batch["segment_ids"] > 0) & (batch["positions"] > 0)).astype(jnp.float32)
-            first = jnp.arange(batch["tokens"].shape[1]) - batch["positions"]
-            layers = [shares(weights(*seen), first, counts) for seen in attended(params, batch)]
-            return jnp.stack(layers, axis=1)
 
         def read(index):
             return sums(params, {k: np.asarray(v[index]) for k, v in windows._asdict().items()})
 
         total = common.in_batches(read, rows, options.batch, lambda index: index).sum(0)
         table = total[:, :5] / total[:, 5:]
-        folder = Path(workdir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        draw(folder / "attention.png", table)
+        if jax.process_index() == 0:
+            draw(Path(workdir) / "samples" / "attention.png", table)
         return dict(zip((*PLACES, "entropy"), table.mean(0).tolist()))
 
     return evaluate

@@ -56,22 +56,15 @@ def _in_child(config, topology: topologies.Topology) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """The child: topology and result file as arguments, the config as JSON on standard input."""
-    from ml_collections import ConfigDict
+    from training.workdir import read_config
 
     name, out = argv
-    config = ConfigDict(_tuples(json.load(sys.stdin)))
+    config = read_config(json.load(sys.stdin))
     try:
         result = measure(config, name)
     except (ValueError, FileNotFoundError) as error:
         result = {"error": str(error)}
     Path(out).write_text(json.dumps(result))
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that configs use."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 class Built(NamedTuple):
@@ -289,7 +282,7 @@ def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
     rows = inputs["token"].shape[0] if "token" in inputs else 1
     if "rounded" in built.model.predict:
         rounded = jax.eval_shape(built.model.predict["rounded"], params)
-        params = jax.tree.map(_placed, rounded, jax.tree.map(lambda x: x.sharding, params))
+        params = jax.tree.map(lambda x, p: x.update(sharding=p.sharding), rounded, params)
     traced = jax.jit(found[name].call, donate_argnums=1).trace(params, inputs)
     compiled, _ = _compile(traced, topology)
     if compiled is None:
@@ -299,13 +292,6 @@ def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
     executed = flops.jaxpr_flops(traced.jaxpr.jaxpr) * topology.count  # every device does it all
     seconds = estimate(program, executed, memory, topology, 1)["seconds"]
     return dict(name=name, rows=rows, total_bytes=memory["total_bytes"], seconds=seconds)
-
-
-def _placed(leaf, sharding):
-    """An abstract array where another one lies."""
-    import jax
-
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def advice(config, mesh: dict[str, int], result: dict) -> list[str]:

@@ -38,7 +38,7 @@ def write_config(workdir: Path, config) -> None:
 
 
 def read_config(values: dict) -> ConfigDict:
-    """The config that was written as JSON: its lists are tuples again."""
+    """A config from its JSON: lists are the tuples that configs use."""
 
     def tuples(value):
         if isinstance(value, dict):

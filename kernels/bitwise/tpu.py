@@ -24,6 +24,7 @@ from kernels.bitwise import modulation, tpu_kernels
 from kernels.bitwise.ref import Draw, Inputs
 from kernels.bitwise.tpu_kernels import LANES, ONES, Options
 from kernels.errors import NotSupported
+from kernels.tpu_call import named_call
 
 TILE = 256  # tokens: 1 MiB of bfloat16 at 2,048 channels
 BYTES = 2 * 2**20  # of a block of x at most
@@ -146,35 +147,20 @@ class _Plan:
 
 
 def _call(kernel, options, plan: _Plan, inputs: Mapping, outputs: Mapping, scratch: Mapping, flops):
-    """One pallas_call; inputs {name: (array, spec)}, outputs {name: (shape, spec)}."""
-    names = (*inputs, *outputs, *scratch)
-    arrays, shapes = ([x for x, _ in each.values()] for each in (inputs, outputs))
-    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *shapes))
+    """One named_call; flops per token, channel and bit."""
     tokens = math.prod(plan.grid) * options.tile
-
-    def body(*refs):
-        kernel(dict(zip(names, refs, strict=True)))
-
-    name = getattr(kernel, "func", kernel).__name__
-    found = pl.pallas_call(
-        body,
-        grid=plan.grid,
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for _, spec in outputs.values()],
-        out_shape=shapes,
-        scratch_shapes=list(scratch.values()),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=flops * tokens * plan.wide * options.d,
-            transcendentals=2 * tokens * options.rows,
-            bytes_accessed=moved,
-        ),
+    return named_call(
+        kernel,
+        f"bitwise_{kernel.func.__name__}",
+        plan.grid,
+        inputs,
+        outputs,
+        scratch,
+        flops=flops * tokens * plan.wide * options.d,
+        exponentials=2 * tokens * options.rows,
+        vmem=VMEM,
         interpret=options.interpret,
-        name=f"bitwise_{name}",
-    )(*arrays)
-    return dict(zip(outputs, found, strict=True))
+    )
 
 
 def _shape(*shape, dtype=jnp.float32):

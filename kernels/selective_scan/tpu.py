@@ -12,7 +12,6 @@ whole lanes, tokens to whole tiles (Δ = 0 there keeps the state).
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from kernels.selective_scan import tpu_kernels
 from kernels.selective_scan.ref import Inputs
 from kernels.selective_scan.tpu_kernels import BLOCK, LANES, LN2
 from kernels.selective_scan.xla import NEVER
+from kernels.tpu_call import named_call
 
 TILE = 256  # tokens: what a grid step costs by itself is small beside them
 GROUPS = (5, 4, 3, 2, 1)  # registers side by side: 3,200 channels are five tiles of 640
@@ -164,27 +164,20 @@ def _plan(options: Options, inputs: Inputs, reverse=False) -> _Plan:
 
 
 def _call(kernel, options, plan: _Plan, inputs: Mapping, outputs: Mapping, scratch: Mapping, work):
-    """One pallas_call; inputs {name: (array, spec)}, outputs {name: (shape, spec)}."""
-    names = (*inputs, *outputs, *scratch)
-    arrays = [x for x, _ in inputs.values()]
-    shapes = [x for x, _ in outputs.values()]
-    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *shapes))
-    flops, exps = work
-    found = pl.pallas_call(
-        functools.partial(kernel, plan.tile, not options.interpret, names),
-        grid=plan.grid,
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for _, spec in outputs.values()],
-        out_shape=shapes,
-        scratch_shapes=list(scratch.values()),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
-        ),
-        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=exps, bytes_accessed=moved),
+    """One named_call; work: (FLOPs, exponentials)."""
+    flops, exponentials = work
+    return named_call(
+        functools.partial(kernel, plan.tile, not options.interpret),
+        f"selective_scan_{kernel.__name__}",
+        plan.grid,
+        inputs,
+        outputs,
+        scratch,
+        flops=flops,
+        exponentials=exponentials,
+        vmem=VMEM,
         interpret=options.interpret,
-        name=f"selective_scan_{kernel.__name__}",
-    )(*arrays)
-    return dict(zip(outputs, found, strict=True))
+    )
 
 
 def _shape(*shape, dtype=jnp.float32):

@@ -11,7 +11,7 @@ token t's states and 0 elsewhere, y = S H. The products' operands are in the typ
 recurrence is float32.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -193,9 +193,8 @@ def _in_pairs(count: int, start, carry, finish, reverse=False):
     return carry
 
 
-def forward(tokens: int, spelled: bool, names: Sequence[str], *refs):
+def forward(tokens: int, spelled: bool, ref: Mapping):
     """y of the tile and the state after it; the state before it if it is to be kept."""
-    ref = dict(zip(names, refs, strict=True))
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -219,13 +218,12 @@ def forward(tokens: int, spelled: bool, names: Sequence[str], *refs):
     ref["h"][...] = _in_pairs(tokens // BLOCK, start, ref["h"][...], finish)
 
 
-def backward(tokens: int, spelled: bool, names: Sequence[str], *refs):
+def backward(tokens: int, spelled: bool, ref: Mapping):
     """Gradients of a tile from those of its y and of the state after it; tiles come in reverse.
 
     G_t is the gradient of h_t, P_t = a_t G_t times the state that token t meets. Sums over tiles of
     channels (dB, dC) and over rows (dA, dD, dbias) are finished outside.
     """
-    ref = dict(zip(names, refs, strict=True))
     sums = [name for name in ("dA", "dD", "dbias", "dreset") if name in ref]
 
     @pl.when(pl.program_id(2) == 0)

@@ -151,7 +151,7 @@ def decode(
     grid: tuple[int, int] | None = None,
     dtype=jnp.float32,
 ) -> Float[Array, "b h w 3"]:
-    """Codes to images; grid: latents of the finest scale, () = the nominal resolution's."""
+    """Codes to images; grid: latents of the finest scale, None = the nominal resolution's."""
     latents = quantiser(cfg).decode(params.get("quantiser", {}), codes, grid or cfg.grid)
     return decode_latents(params, cfg, latents, dtype=dtype)
 

@@ -1,4 +1,5 @@
-"""A folder of plain pictures with captions and questions, and a model that knows them by heart."""
+"""A folder of plain pictures with captions and questions, a model that knows them by heart, and a
+folder of texts."""
 
 import json
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from inference import unified
 
 SIZE = 8
 COUNTS = {"train": 30, "test": 12, "validation": 2}
+WORDS = ("the", "snail", "is", "a", "small", "animal", "that", "carries", "its", "house")
 
 
 def picture(number: int) -> np.ndarray:
@@ -129,3 +131,18 @@ def oracle(config, monkeypatch):
 @pytest.fixture
 def params():
     return {"nats": jnp.float32(1.0), "blur": jnp.float32(0.0)}
+
+
+@pytest.fixture
+def text_config(tmp_path, monkeypatch):
+    """A folder of texts with characters of one to four bytes."""
+    monkeypatch.setenv("UNIFLUD_CACHE", str(tmp_path / "cache"))
+    rng, folder = np.random.default_rng(0), tmp_path / "texts"
+    folder.mkdir()
+    for i in range(60):
+        words = rng.choice([*WORDS, "Schnecke", "Häuschen", "かたつむり", "🐌"], 80)
+        (folder / f"{i}.txt").write_text(" ".join(words))
+    data = data_config(
+        name="text", text="folder", path=str(folder), length=32, vocab_size=400, prefetch=0
+    )
+    return base(data=data, evaluation=dict(batch=8, windows=16))

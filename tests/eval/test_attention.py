@@ -1,10 +1,17 @@
 """Shares and entropy of attention against sums that can be done by hand."""
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs.common import load_config
+from eval import EVALUATORS
 from eval.attention import draw, shares, weights
+from input_pipeline import text
 from kernels.attention import MaskSpec, attention
+from models import MODELS
+from training.tree import path_name
 
 
 def test_weights_are_those_of_the_attention():
@@ -37,3 +44,33 @@ def test_shares_of_uniform_weights():
 def test_figure_is_drawn(tmp_path):
     draw(tmp_path / "attention.png", np.full((3, 5), 0.25))
     assert (tmp_path / "attention.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_hymba_that_looks_everywhere_alike(text_config, tmp_path):
+    """Without queries every key that a token may see has the same weight, whatever the layer."""
+    config = load_config("configs/hymba.py:debug", **{"model.hymba.window": 32})
+    config.data, config.evaluation = text_config.data, text_config.evaluation
+    config.model.vocab_size = 400
+    model, meta = MODELS["hymba"](config), 8
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0))[0])
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if path_name(path).endswith("/q/kernel") else x, params
+    )
+    run = EVALUATORS["attention"](config)
+    found = run(model, params, step=1, rng=jax.random.key(0), workdir=tmp_path)
+    windows, _, _ = text.windows(config.data, "test")
+    segments, positions = (np.asarray(x[:16]) for x in (windows.segment_ids, windows.positions))
+    seen = meta + 1.0 + positions[(segments > 0) & (positions > 0)]
+    want = dict(meta=meta / seen, first=1 / seen, self=1 / seen, entropy=np.log(seen))
+    want["rest"] = 1 - meta / seen - 2 / seen
+    assert set(found) == set(want)
+    for name, values in want.items():
+        np.testing.assert_allclose(found[name], values.mean(), rtol=1e-5, err_msg=name)
+    assert (tmp_path / "samples" / "attention.png").is_file()
+
+
+def test_a_model_that_does_not_say(capsys, tmp_path):
+    config = load_config("configs/llama.py:debug", **{"model.vocab_size": 64})
+    run, model = EVALUATORS["attention"](config), MODELS["llama"](config)
+    assert run(model, {}, step=1, rng=None, workdir=tmp_path) is None
+    assert "llama does not say" in capsys.readouterr().out

@@ -7,29 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.common import base
-from configs.data import data_config
 from eval import bits_per_byte
 from eval.run import table
 from input_pipeline import text, tokenizers
 from models.language import next_tokens
 
-WORDS = ("the", "snail", "is", "a", "small", "animal", "that", "carries", "its", "house")
-
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
-    """A folder of texts with characters of one to four bytes."""
-    monkeypatch.setenv("UNIFLUD_CACHE", str(tmp_path / "cache"))
-    rng, folder = np.random.default_rng(0), tmp_path / "texts"
-    folder.mkdir()
-    for i in range(60):
-        words = rng.choice([*WORDS, "Schnecke", "Häuschen", "かたつむり", "🐌"], 80)
-        (folder / f"{i}.txt").write_text(" ".join(words))
-    data = data_config(
-        name="text", text="folder", path=str(folder), length=32, vocab_size=400, prefetch=0
-    )
-    return base(data=data, evaluation=dict(batch=8, windows=16))
+def config(text_config):
+    return text_config
 
 
 def test_bytes_of_every_token(config):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.kernels.seven_checks import SevenChecks
+from tests.kernels.seven_checks import Checks
 
 # What other tests of the plain run cover as well: rows of one document beside rows of several,
 # second shapes of float64 gradients, and 8 devices, where models and the mLSTM run on them too.
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
 def pytest_generate_tests(metafunc):
     """The arguments of a check are filled from its class."""
     checks = metafunc.cls
-    if checks is None or not issubclass(checks, SevenChecks):
+    if checks is None or not issubclass(checks, Checks):
         return
     values = dict(
         impl=checks.IMPLS,

@@ -1,8 +1,9 @@
-"""The checks that every op with a state passes, written once (codebase style, section 10).
+"""The checks that every op passes, written once (codebase style, section 10).
 
-A test file subclasses `SevenChecks` and says how its op is called; tests/kernels/conftest.py runs
-every check for each of its implementations and shapes. Checks 6 and 7, what compilers make of the
-op at a published size, differ too much between ops: `abstract_on` helps with them.
+A test file subclasses `SevenChecks`, or `Checks` if no state goes from token to token, and says how
+its op is called; tests/kernels/conftest.py runs every check for each of its implementations and
+shapes. Checks 6 and 7, what compilers make of the op at a published size, differ too much between
+ops: `abstract_on` helps with them.
 """
 
 import abc
@@ -42,7 +43,18 @@ def document_ids(shape, seed=3, axis=2):
     return jnp.asarray(np.cumsum(changes, 1) % 2, jnp.int32)
 
 
-class SevenChecks(abc.ABC):
+def in_a_process(*command) -> list:
+    """What `python COMMAND` prints, a JSON value a line: 8 devices need a process of their own."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+class Checks(abc.ABC):
     """Subclass it as TestX. Shapes are (B, H, T, ..., chunk); tokens lie on axis 2 of every input,
     or on AXIS of shapes and outputs and where `cut` says.
 
@@ -63,17 +75,13 @@ class SevenChecks(abc.ABC):
     def inputs(self, shape, dtype=jnp.float32, seed=0) -> list:
         """Inputs of the op, those with a type of their own in float32."""
 
-    @abc.abstractmethod
     def state(self, shape, dtype=jnp.float32) -> Any:
-        """A state that is not empty."""
+        """A state that is not empty, where the op has one."""
+        return ()
 
     @abc.abstractmethod
     def run(self, inputs, state, **options) -> tuple:
         """(output, last state); options: impl, chunk, segment_ids and the op's own."""
-
-    @abc.abstractmethod
-    def step(self, inputs, state) -> tuple:
-        """(output of one token, state)."""
 
     def plain(self, state) -> tuple:
         """The state as arrays that do not depend on how it is represented."""
@@ -90,14 +98,6 @@ class SevenChecks(abc.ABC):
     def chunk(self, shape, impl) -> int:
         """The shape's chunk, or the next one that an implementation takes."""
         return shape[-1]
-
-    def cut(self, inputs, start, stop) -> list:
-        """Inputs of some of the tokens."""
-        return [jax.lax.slice_in_dim(x, start, stop, axis=self.AXIS) for x in inputs]
-
-    def token(self, inputs, t) -> list:
-        """Inputs of one token, without its axis."""
-        return [x.take(t, axis=self.AXIS) for x in inputs]
 
     # ------------------------------------------------ helpers
 
@@ -175,6 +175,44 @@ class SevenChecks(abc.ABC):
         grads = (self.gradient(*given, impl=x, **options) for x in (impl, "ref"))
         self.assert_trees_close(*grads, 2e-4)
 
+    def test_check_5_vmap_equals_a_loop(self, impl):
+        """Over two sets of inputs."""
+        shape = self.SHAPES[1]
+        options = dict(chunk=self.chunk(shape, impl), impl=impl)
+        state = self.state(shape)
+        pairs = [jnp.stack(x) for x in zip(self.inputs(shape), self.inputs(shape, seed=5))]
+        got, _ = jax.vmap(lambda *x: self.run(x, state, **options))(*pairs)
+        for n in range(2):
+            assert_close(got[n], self.run([x[n] for x in pairs], state, **options)[0], 1e-5)
+
+    def test_check_5_eight_devices_equal_one(self):
+        """Values and every gradient over the subclass's meshes, in a process with 8 devices."""
+        where = f"{type(self).__module__}:{type(self).__qualname__}"
+        rows = in_a_process("-m", "tests.kernels.on_mesh", where)
+        assert len(rows) == 2 * len(self.MESHES)
+        for row in rows:
+            assert max(row["differences"]) < 2e-5, row
+
+
+class SevenChecks(Checks):
+    """With a state that goes from token to token, and from call to call."""
+
+    @abc.abstractmethod
+    def state(self, shape, dtype=jnp.float32) -> Any:
+        """A state that is not empty."""
+
+    @abc.abstractmethod
+    def step(self, inputs, state) -> tuple:
+        """(output of one token, state)."""
+
+    def cut(self, inputs, start, stop) -> list:
+        """Inputs of some of the tokens."""
+        return [jax.lax.slice_in_dim(x, start, stop, axis=self.AXIS) for x in inputs]
+
+    def token(self, inputs, t) -> list:
+        """Inputs of one token, without its axis."""
+        return [x.take(t, axis=self.AXIS) for x in inputs]
+
     def test_check_4_calls_follow_each_other(self, impl, cut):
         """Two calls with the state between them are one, in float32."""
         shape = self.SHAPES[1]
@@ -200,27 +238,3 @@ class SevenChecks(abc.ABC):
                 out, state = self.step(self.token(inputs, t), state)
                 assert_close(out, whole.take(t, axis=self.AXIS), 1e-12)
             self.assert_states_close(state, last, 1e-12)
-
-    def test_check_5_vmap_equals_a_loop(self, impl):
-        """Over two sets of inputs."""
-        shape = self.SHAPES[1]
-        options = dict(chunk=self.chunk(shape, impl), impl=impl)
-        state = self.state(shape)
-        pairs = [jnp.stack(x) for x in zip(self.inputs(shape), self.inputs(shape, seed=5))]
-        got, _ = jax.vmap(lambda *x: self.run(x, state, **options))(*pairs)
-        for n in range(2):
-            assert_close(got[n], self.run([x[n] for x in pairs], state, **options)[0], 1e-5)
-
-    def test_check_5_eight_devices_equal_one(self):
-        """Values and every gradient over the subclass's meshes, in a process with 8 devices."""
-        root = Path(__file__).resolve().parents[2]
-        where = f"{type(self).__module__}:{type(self).__qualname__}"
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.kernels.on_mesh", where],
-            env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        rows = [json.loads(line) for line in done.stdout.splitlines()]
-        assert len(rows) == 2 * len(self.MESHES)
-        for row in rows:
-            assert max(row["differences"]) < 2e-5, row

@@ -1,12 +1,6 @@
 """Attention's libraries: splash attention in the interpreter and ahead of time, cuDNN as far as a
 machine without it can tell, devices that share a row."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +8,7 @@ import pytest
 
 from kernels.attention import MaskSpec, attention, gpu, ref, tpu
 from kernels.errors import NotSupported
-from tests.kernels.seven_checks import abstract_on
+from tests.kernels.seven_checks import abstract_on, in_a_process
 from tests.kernels.test_attention import HYMBA, close, tensors
 from training.flops import count_flops
 
@@ -119,13 +113,7 @@ def test_check_5_splash_under_vmap_remat_and_scan(small_blocks):
 def test_check_5_eight_devices_equal_one():
     """Values and gradients over meshes with shared rows, heads and groups of heads; a window sends
     a few keys to the neighbour, other masks gather all."""
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.attention_on_mesh"],
-        env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = in_a_process("-m", "tests.kernels.attention_on_mesh")
     assert len(rows) == 26
     for row in rows:
         assert row["difference"] < 2e-5, row

@@ -1,12 +1,7 @@
 """write_slots: one token per row into a stacked cache, in the interpreter and ahead of time."""
 
 import functools
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention import tpu_cache, write_slots
 from kernels.errors import NotSupported
-from tests.kernels.seven_checks import abstract_on
+from tests.kernels.seven_checks import abstract_on, in_a_process
 from training import sharding
 
 # (layers, rows, heads, slots, K): several tiles, the other layout, more rows than lanes, one row.
@@ -109,13 +104,7 @@ def test_check_1_copies_wait_for_each_other(shape):
 
 def test_check_5_eight_devices_equal_one():
     """Rows and heads stay where they are; nothing is gathered."""
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.cache_on_mesh"],
-        env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = in_a_process("-m", "tests.kernels.cache_on_mesh")
     assert len(rows) == 2
     for row in rows:
         assert row["equal"] and row["shard_map"] and row["kept"] and not row["gathered"], row

@@ -145,7 +145,7 @@ def build(model: Model, config) -> Objective:
             terms = on(params, fake)
             return jax.tree.map(lambda x: jnp.where(step >= o.start, x, 0.0), terms)
 
-        # XLA compiles convolutions inside a conditional twenty times slower on a CPU.
+        # On CPUs XLA runs gradients of convolutions inside a conditional many times slower.
         generator, discriminator, metrics = jax.lax.platform_dependent(
             params, g.fake, cpu=always, default=when_due
         )

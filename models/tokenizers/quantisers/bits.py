@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 from kernels.bitwise.bits import codes, pack, unpack
 from models.tokenizers.quantisers import Quantised, Quantiser
 from models.tokenizers.quantisers.resize import area, resize
-from models.tokenizers.quantisers.schedules import Schedule, schedule_for, tokens
+from models.tokenizers.quantisers.schedules import Schedule, schedule_for, split, tokens
 
 JOINT_LIMIT = 20  # bits above which LFQ's joint entropy, an array of tokens x 2^d, makes no sense
 
@@ -92,13 +92,7 @@ def unpack_scales(
     words: UInt32[Array, "b n words"], schedule: Schedule, d: int
 ) -> list[Bool[Array, "b h w d"]]:
     """Exact inverse of `pack_scales`."""
-    if words.shape[1] != tokens(schedule):
-        raise ValueError(f"codes hold {words.shape[1]} tokens, {schedule} {tokens(schedule)}")
-    flat, out, begin = unpack(words, d) != 0, [], 0
-    for h, w in schedule:
-        out.append(flat[:, begin : begin + h * w].reshape(-1, h, w, d))
-        begin += h * w
-    return out
+    return split(unpack(words, d) != 0, schedule)
 
 
 # ---------------------------------------------------------------- losses

@@ -64,6 +64,17 @@ def tokens(schedule: Schedule) -> int:
     return sum(h * w for h, w in schedule)
 
 
+def split(codes, schedule: Schedule) -> list:
+    """Codes [b, n, ...] of all scales to those of each, [b, h, w, ...]."""
+    if codes.shape[1] != tokens(schedule):
+        raise ValueError(f"codes hold {codes.shape[1]} tokens, {schedule} {tokens(schedule)}")
+    out, begin = [], 0
+    for h, w in schedule:
+        out.append(codes[:, begin : begin + h * w].reshape(-1, h, w, *codes.shape[2:]))
+        begin += h * w
+    return out
+
+
 def doubled(schedule: Schedule) -> Schedule:
     """The tokenizer's scales where the transformer sees 2 x 2 latents as one token (8B)."""
     return tuple((2 * h, 2 * w) for h, w in schedule)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from models.tokenizers.conv import boxed, conv
 from models.tokenizers.quantisers import Quantised, Quantiser
 from models.tokenizers.quantisers.resize import area, cubic, resize
-from models.tokenizers.quantisers.schedules import Schedule, schedule_for, tokens
+from models.tokenizers.quantisers.schedules import Schedule, schedule_for, split, tokens
 
 MOMENTUM = 0.99  # of the running use of each code
 USED = 0.03  # running use, as a share of equal use, from which a code counts as used
@@ -154,12 +154,6 @@ def build(cfg, options) -> Quantiser:
         return jnp.concatenate([i.reshape(i.shape[0], -1) for i in got.indices], axis=1)
 
     def decode(params, indices, grid):
-        scales, begin, parts = schedule(grid), 0, []
-        if indices.shape[1] != tokens(scales):
-            raise ValueError(f"codes hold {indices.shape[1]} tokens, {scales} {tokens(scales)}")
-        for h, w in scales:
-            parts.append(indices[:, begin : begin + h * w].reshape(-1, h, w))
-            begin += h * w
-        return latents(params, parts)
+        return latents(params, split(indices, schedule(grid)))
 
     return Quantiser(init, quantise, encode, decode, schedule, finalise)
