@@ -4,13 +4,15 @@ Runs are named "GROUP/seedN"; a run's numbers are those of the newest file in it
 Writes report.md, report.json and report.png into the workdir of the task.
 """
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 
 from eval.run import REFERENCES, write_json
+from eval.scaling.curves import evaluations
+from eval.scaling.report import figure as drawn
+from eval.scaling.report import markdown_table
 
 SHOWN = 8  # columns when config.evaluation.table.metrics names none: of these, or the first ones
 HEADLINES = (
@@ -20,12 +22,6 @@ HEADLINES = (
 )  # fmt: skip
 
 
-def newest(folder: Path) -> dict | None:
-    """The evaluation of the latest step in folder/eval, or None."""
-    files = [p for p in folder.glob("eval/*.json") if p.stem.isdigit()]
-    return json.loads(max(files, key=lambda p: int(p.stem)).read_text()) if files else None
-
-
 def collect(workdir: Path, names=()) -> dict[str, list[dict]]:
     """{group: [evaluation of each seed]} in the order of `names`, or of the folders found."""
     if not names:
@@ -33,7 +29,7 @@ def collect(workdir: Path, names=()) -> dict[str, list[dict]]:
         names = sorted((str(p.relative_to(workdir)) for p in found), key=_natural)
     groups: dict[str, list[dict]] = {}
     for name in names:
-        evaluation = newest(workdir / name)
+        evaluation = evaluations(workdir / name)
         if evaluation is None:
             raise FileNotFoundError(f"report: run {name!r} in {workdir} has no eval/<step>.json")
         groups.setdefault(re.sub(r"/seed[^/]*$", "", name), []).append(evaluation)
@@ -74,15 +70,14 @@ def _markdown(title, columns, summary, levels, seeds) -> str:
     def cell(s):
         return f"{s['mean']:.4g}" + ("" if s["std"] is None else f" ± {s['std']:.2g}")
 
-    rows = [f"# {title}", "", "Mean ± standard deviation over seeds.", ""]
-    rows += ["| run | seeds | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 2) + "|"]
-    for group, metrics in summary.items():
-        cells = " | ".join(cell(metrics[c]) for c in columns)
-        rows.append(f"| {group} | {seeds[group]} | {cells} |")
+    rows = [
+        (group, seeds[group], *(cell(metrics[c]) for c in columns))
+        for group, metrics in summary.items()
+    ]
     for suffix, values in levels.items():
-        cells = " | ".join(f"{values[c]:.4g}" if c in values else "" for c in columns)
-        rows.append(f"| *{suffix.replace('_', ' ')}* | | {cells} |")
-    return "\n".join(rows) + "\n"
+        rows.append((f"*{suffix.replace('_', ' ')}*", "", *(values.get(c) for c in columns)))
+    table = markdown_table(("run", "seeds", *columns), rows)
+    return f"# {title}\n\nMean ± standard deviation over seeds.\n\n{table}"
 
 
 def _levels(groups, columns) -> dict[str, dict[str, float]]:
@@ -98,29 +93,26 @@ def _levels(groups, columns) -> dict[str, dict[str, float]]:
 
 
 def _plot(path: Path, title, columns, summary, levels):
-    from matplotlib.figure import Figure
-
     names = list(summary)
     across = min(4, len(columns))
     down = -(-len(columns) // across)
-    figure = Figure(figsize=(3.4 * across, 2.8 * down), layout="constrained")
-    for i, column in enumerate(columns):
-        axes = figure.add_subplot(down, across, i + 1)
-        cells = [summary[name][column] for name in names]
-        axes.errorbar(
-            range(len(names)), [c["mean"] for c in cells], [c["std"] or 0.0 for c in cells],
-            marker="o", capsize=3,
-        )  # fmt: skip
-        for x, c in enumerate(cells):
-            axes.plot([x] * c["n"], c["values"], ".", color="grey", alpha=0.6)
-        for suffix, values in levels.items():
-            if column in values:
-                axes.axhline(values[column], ls=":", color="tab:red", label=suffix)
-                axes.legend(fontsize=7)
-        axes.set_title(column, fontsize=9)
-        axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    with drawn(path, size=(3.4 * across, 2.8 * down)) as figure:
+        for i, column in enumerate(columns):
+            axes = figure.add_subplot(down, across, i + 1)
+            cells = [summary[name][column] for name in names]
+            axes.errorbar(
+                range(len(names)), [c["mean"] for c in cells], [c["std"] or 0.0 for c in cells],
+                marker="o", capsize=3,
+            )  # fmt: skip
+            for x, c in enumerate(cells):
+                axes.plot([x] * c["n"], c["values"], ".", color="grey", alpha=0.6)
+            for suffix, values in levels.items():
+                if column in values:
+                    axes.axhline(values[column], ls=":", color="tab:red", label=suffix)
+                    axes.legend(fontsize=7)
+            axes.set_title(column, fontsize=9)
+            axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
+        figure.suptitle(title)
 
 
 def build(config):

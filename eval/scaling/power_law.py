@@ -5,17 +5,19 @@ from a grid of starts; intervals by a moving-block bootstrap of the residuals, s
 points of one run are not independent.
 """
 
-import itertools
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import least_squares
 
-from eval import common
+from eval.scaling import fitting, intervals, report
+from eval.scaling.curves import read_curve, thin
 
 HUBER_DELTA = 1e-3
 STARTS = ((0.2, 0.6, 0.95), (0.1, 0.4, 0.8))  # L_inf as a share of the smallest loss; alpha
+NAMES = ("log floor", "log scale", "log exponent")
+BOUNDS = ((-25.0, 10.0), (-25.0, 25.0), (-5.0, 1.5))
 
 
 class PowerLaw(NamedTuple):
@@ -31,36 +33,31 @@ class PowerLaw(NamedTuple):
 
 
 def _residuals(theta, log_steps, log_losses):
-    predicted = np.logaddexp(theta[0], theta[1] - np.exp(theta[2]) * log_steps)
+    predicted = jnp.logaddexp(theta[0], theta[1] - jnp.exp(theta[2]) * log_steps)
     return predicted - log_losses
 
 
 def _minimise(log_steps, log_losses, starts):
-    best = None
-    for start in starts:
-        fit = least_squares(
-            _residuals,
-            start,
-            loss="huber",
-            f_scale=HUBER_DELTA,
-            x_scale=(1.0, 1.0, 0.3),
-            bounds=((-25.0, -25.0, -5.0), (10.0, 25.0, 1.5)),
-            args=(log_steps, log_losses),
-        )
-        if best is None or fit.cost < best.cost:
-            best = fit
-    return best.x
+    return fitting.least_squares(
+        _residuals,
+        starts,
+        args=(log_steps, log_losses),
+        names=NAMES,
+        bounds=BOUNDS,
+        delta=HUBER_DELTA,
+        x_scale=(1.0, 1.0, 0.3),
+    ).theta
 
 
 def _law(theta) -> PowerLaw:
-    return PowerLaw(float(np.exp(theta[0])), float(np.exp(theta[1])), float(np.exp(theta[2])))
+    return PowerLaw(*map(float, np.exp(theta)))
 
 
 def _starts(steps, losses):
-    for share, exponent in itertools.product(*STARTS):
-        floor = share * losses.min()
-        scale = (losses[0] - floor) * steps[0] ** exponent
-        yield np.log([floor, max(scale, 1e-9), exponent])
+    shares = fitting.grid(*STARTS)
+    floors = shares[:, 0] * losses.min()
+    scales = (losses[0] - floors) * steps[0] ** shares[:, 1]
+    return np.log(np.stack([floors, np.maximum(scales, 1e-9), shares[:, 1]], axis=1))
 
 
 def fit(steps, losses) -> PowerLaw:
@@ -76,41 +73,15 @@ def fit(steps, losses) -> PowerLaw:
 def bootstrap(steps, losses, law: PowerLaw, *, draws: int, seed: int) -> np.ndarray:
     """[draws, 3] coefficients refitted to the law plus resampled blocks of residuals."""
     steps, losses = np.asarray(steps, np.float64), np.asarray(losses, np.float64)
-    rng, fitted = np.random.default_rng(seed), np.log(law(steps))
+    fitted, start = np.log(law(steps)), np.log(np.maximum(law, 1e-9))
     residuals = np.log(losses) - fitted
-    n = len(steps)
-    block = max(1, round(n ** (1 / 3)))
-    start = np.log(np.maximum(law, 1e-9))
-    samples = []
-    for _ in range(draws):
-        first = rng.integers(0, n - block + 1, size=-(-n // block))
-        index = (first[:, None] + np.arange(block)).reshape(-1)[:n]
-        samples.append(_law(_minimise(np.log(steps), fitted + residuals[index], [start])))
-    return np.array(samples)
-
-
-def read_curve(path, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one metric of a metrics.jsonl file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"config.fit.source={str(path)!r}: no such metrics.jsonl")
-    rows = common.read_rows(path)
-    points = [(row["step"], row[key]) for row in rows if key in row]
-    if not points:
-        known = sorted({k for row in rows for k in row if k != "step"})
-        raise ValueError(f"config.fit.key={key!r}: {path} has only {', '.join(known)}")
-    steps, values = zip(*points)
-    return np.array(steps, np.float64), np.array(values, np.float64)
-
-
-def thin(steps, values, points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over at most `points` bins, equal in log step: late steps do not outvote early ones."""
-    if len(steps) <= points:
-        return steps, values
-    edges = np.geomspace(steps[0], steps[-1], points + 1)
-    index = np.clip(np.searchsorted(edges, steps, side="right") - 1, 0, points - 1)
-    full = np.unique(index)
-    return tuple(np.array([x[index == i].mean() for i in full]) for x in (steps, values))
+    return intervals.bootstrap(
+        lambda index: _law(_minimise(np.log(steps), fitted + residuals[index], [start])),
+        len(steps),
+        draws=draws,
+        seed=seed,
+        block=intervals.default_block(len(steps)),
+    )
 
 
 def build(config):
@@ -118,7 +89,7 @@ def build(config):
     options = config.fit
 
     def evaluate(model, params, *, step, rng, workdir):
-        steps, losses = read_curve(options.source, options.key)
+        steps, losses = _points(options)
         kept = steps >= max(options.skip, 1)
         if kept.sum() < 8:
             raise ValueError(
@@ -147,18 +118,23 @@ def build(config):
     return evaluate
 
 
-def _plot(path, options, steps, losses, shown, law, samples):
-    from matplotlib.figure import Figure
+def _points(options):
+    """Steps and losses of config.fit.source."""
+    if not Path(options.source).exists():
+        raise FileNotFoundError(f"config.fit.source={options.source!r}: no such metrics.jsonl")
+    curve = read_curve(options.source, y=options.key)
+    return curve.steps, curve.values
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+
+def _plot(path, options, steps, losses, shown, law, samples):
     grid = np.geomspace(steps[0], options.forecast * steps[-1], 200)
     band = np.quantile([PowerLaw(*s)(grid) for s in samples], (0.05, 0.95), axis=0)
-    axes.fill_between(grid, *band, alpha=0.25, label="90 % of bootstrap fits")
-    axes.plot(grid, law(grid), label=f"{law.floor:.3g} + {law.scale:.3g} s^-{law.exponent:.3g}")
-    axes.plot(steps[:shown], losses[:shown], ".", color="black", label="fitted")
-    axes.plot(steps[shown:], losses[shown:], "x", color="tab:red", label="held out")
-    axes.set(xscale="log", yscale="log", xlabel="step", ylabel=options.key)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with report.figure(path) as figure:
+        axes = figure.subplots()
+        axes.fill_between(grid, *band, alpha=0.25, label="90 % of bootstrap fits")
+        label = f"{law.floor:.3g} + {law.scale:.3g} s^-{law.exponent:.3g}"
+        axes.plot(grid, law(grid), label=label)
+        axes.plot(steps[:shown], losses[:shown], ".", color="black", label="fitted")
+        axes.plot(steps[shown:], losses[shown:], "x", color="tab:red", label="held out")
+        axes.set(xscale="log", yscale="log", xlabel="step", ylabel=options.key)
+        axes.legend()
