@@ -7,6 +7,11 @@ import jax
 
 from kernels.errors import NotSupported
 
+# Ops whose Pallas kernel "auto" takes on a GPU: {op: {device kind: the committed file that shows it
+# faster than XLA, benchmarks/results/accelerator-DEVICE.json}}. None yet: no GPU has run them, so
+# impl="gpu" has to be asked for.
+MEASURED: dict[str, dict[str, str]] = {}
+
 _logged: set[tuple[str, str]] = set()
 
 
@@ -33,7 +38,8 @@ def choose(
 ) -> tuple[Callable, str]:
     """(function, name) of a named implementation, or one that tries those of `auto` in order.
 
-    auto: names by platform; "cpu" stands for every platform that is not there.
+    auto: names by platform; "cpu" stands for every platform that is not there. Pallas kernels for
+    GPUs are not among them: they come first where MEASURED says so.
 
     A named implementation never falls back; "auto" goes on to the next only on NotSupported, and
     logs once what it took.
@@ -46,7 +52,7 @@ def choose(
 
     def first_that_can(*args, **kwargs):
         reasons = []
-        for name in auto.get(platform(), auto["cpu"]):
+        for name in _order(op, auto):
             try:
                 out = implementations[name](*args, **kwargs)
             except NotSupported as error:
@@ -59,3 +65,11 @@ def choose(
         raise NotSupported(f"{op}: no implementation takes this ({'; '.join(reasons)})")
 
     return first_that_can, "auto"
+
+
+def _order(op: str, auto: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    """What "auto" tries here."""
+    names = auto.get(platform(), auto["cpu"])
+    if platform() == "gpu" and device_kind() in MEASURED.get(op, {}):
+        return ("gpu", *names)
+    return names

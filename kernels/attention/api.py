@@ -17,7 +17,7 @@ IMPLEMENTATIONS = {
     "tpu_interpret": functools.partial(tpu.attention, interpret=True),  # on the CPU, for tests
     "gpu": gpu.attention,
 }
-# Tried in this order by impl="auto"; the last one takes everything.
+# Tried in this order by impl="auto"; the last one takes everything. On GPUs a library's, cuDNN.
 AUTO = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla"), "cpu": ("xla",)}
 # Their compilers see one device. The others are cut by XLA, except along the row.
 ONE_DEVICE = ("tpu", "tpu_interpret", "gpu")

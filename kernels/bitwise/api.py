@@ -35,8 +35,7 @@ SAMPLERS = {
     "gpu": functools.partial(_on_gpu, "sample"),
     "gpu_interpret": functools.partial(_on_gpu, "sample", interpret=True),
 }
-# Tried in this order by impl="auto"; the last one takes everything. No measurement shows yet that a
-# GPU is faster with its kernels, so they have to be asked for.
+# Tried in this order by impl="auto"; the last one takes everything.
 AUTO = {"tpu": ("tpu", "xla"), "cpu": ("xla",)}
 
 

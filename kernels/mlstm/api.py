@@ -65,7 +65,7 @@ STEPS = {
     "gpu_interpret": functools.partial(_step_on_gpu, interpret=True),
 }
 # Tried in this order by impl="auto"; the last one takes everything.
-AUTO = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla"), "cpu": ("xla",)}
+AUTO = {"tpu": ("tpu", "xla"), "cpu": ("xla",)}
 
 
 def mlstm(

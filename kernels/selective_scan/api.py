@@ -39,8 +39,8 @@ STEPS = {
     "gpu_interpret": functools.partial(_step_on_gpu, interpret=True),
 }
 # Tried in this order by impl="auto"; the last one takes everything.
-AUTO = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla"), "cpu": ("xla",)}
-STEPS_AUTO = {"gpu": ("gpu", "xla"), "cpu": ("xla",)}
+AUTO = {"tpu": ("tpu", "xla"), "cpu": ("xla",)}
+STEPS_AUTO = {"cpu": ("xla",)}
 
 
 def selective_scan(

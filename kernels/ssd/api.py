@@ -52,7 +52,7 @@ IMPLEMENTATIONS = {
 }
 STEPS = {"ref": ref.step, "xla": ref.step}
 # Tried in this order by impl="auto"; the last one takes everything.
-AUTO = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla"), "cpu": ("xla",)}
+AUTO = {"tpu": ("tpu", "xla"), "cpu": ("xla",)}
 STEPS_AUTO = {"cpu": ("xla",)}
 
 

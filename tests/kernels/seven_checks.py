@@ -28,12 +28,25 @@ def assert_close(got, want, tolerance):
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(np.abs(want).max(), 1e-6))
 
 
+class Described:
+    """The context of programs for one absent device, as often as it is entered."""
+
+    def __init__(self, device):
+        self.mesh = jax.sharding.Mesh(np.array([device]), ("data",))
+
+    def __enter__(self):
+        self.inside = jax.set_mesh(self.mesh)  # sets it here and now, and only once
+
+    def __exit__(self, *error):
+        return self.inside.__exit__(*error)
+
+
 def abstract_on(topology: str):
     """(a device of an absent topology, the context to compile for it in)."""
     from training import topology as topologies
 
     device = topologies.devices(topologies.parse(topology))[0]
-    return device, jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("data",)))
+    return device, Described(device)
 
 
 def document_ids(shape, seed=3, axis=2):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import static
+from kernels import dispatch
 from kernels.errors import NotSupported
 from kernels.mlstm import State, empty_state, mlstm, mlstm_step
 from tests.kernels.seven_checks import SevenChecks, abstract_on, assert_close, document_ids
@@ -319,8 +320,8 @@ def abstract_7b(topology, length=2048):
     return array, inputs, array(1, length, dtype=jnp.int32), mesh
 
 
-def packed_loss(inputs, numbers):
-    return mlstm(*inputs, segment_ids=numbers)[0].astype(jnp.float32).sum()
+def packed_loss(inputs, numbers, impl="auto"):
+    return mlstm(*inputs, segment_ids=numbers, impl=impl)[0].astype(jnp.float32).sum()
 
 
 @pytest.mark.aot
@@ -353,14 +354,14 @@ def test_check_6_tpu_compiles_at_the_7b_shape(topology):
 
 @pytest.mark.aot
 def test_check_6_hopper_compiles_at_the_7b_shape():
-    """Forward and backward, with documents: two kernels forward, five backward. impl="auto"."""
+    """Forward and backward, with documents: two kernels forward, five backward."""
     pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the aot extra")
     from training import topology
 
     _, inputs, numbers, mesh = abstract_7b("h100:1")
     with mesh:
-        lowered = jax.jit(jax.grad(packed_loss)).trace(inputs, numbers)
-        lowered = lowered.lower(lowering_platforms=("cuda",))
+        graded = jax.jit(jax.grad(functools.partial(packed_loss, impl="gpu")))
+        lowered = graded.trace(inputs, numbers).lower(lowering_platforms=("cuda",))
         compiled = lowered.compile(topology.compiler_options(topology.parse("h100:1")))
     assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 2 + 5
     _, h, t, k = inputs[0].shape
@@ -370,13 +371,16 @@ def test_check_6_hopper_compiles_at_the_7b_shape():
 
 
 @pytest.mark.aot
-def test_check_6_hopper_compiles_a_step_at_the_7b_shape():
+def test_check_6_hopper_compiles_a_step_at_the_7b_shape(monkeypatch):
     """One kernel, which in a scan over layers takes its states from the stack and puts them into
-    another, without copies; impl="auto" leaves other head sizes to XLA."""
+    another, without copies; "auto", where a measurement chose it, leaves other heads to XLA."""
     pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the aot extra")
     from training import topology
 
     array, inputs, _, mesh = abstract_7b("h100:1", length=1)
+    with mesh:
+        measured = {"mlstm_step": {dispatch.device_kind(): "a file"}}
+    monkeypatch.setattr(dispatch, "MEASURED", measured)
     wide, layers, heads, (k, v) = functools.partial(array, dtype=jnp.float32), 4, 8, (256, 512)
 
     def lowered(k, v):

@@ -1,6 +1,8 @@
 """SSD: transformers' Mamba-2 functions, chunks against the recurrence, strong decays, documents,
 masked tokens, the accelerators' compilers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -296,11 +298,11 @@ def by_heads(inputs):
     return [a.reshape(*a.shape[:-1], 64, 64) if a.shape[-1] == 4096 else a for a in inputs]
 
 
-def gradient(inputs, numbers, state):
-    """Of outputs and state to all; impl="auto" chooses."""
+def gradient(inputs, numbers, state, impl="auto"):
+    """Of outputs and state to all."""
 
     def total(inputs, state):
-        y, h = call(by_heads(inputs), state, segment_ids=numbers)
+        y, h = call(by_heads(inputs), state, segment_ids=numbers, impl=impl)
         return (y.astype(jnp.float32) ** 2).sum() + h.sum()
 
     return jax.grad(total, argnums=(0, 1))(inputs, state)
@@ -309,7 +311,8 @@ def gradient(inputs, numbers, state):
 @pytest.mark.aot
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_check_6_tpu_compiles_at_the_1_3b_shape(topology):
-    """Forward and backward, with documents: three kernels; nothing is repeated for heads."""
+    """Forward and backward, with documents: three kernels; nothing is repeated for heads.
+    impl="auto" chooses."""
     pytest.importorskip("libtpu", reason="needs the aot extra")
     array, inputs, mesh = mamba_1_3b(topology)
     numbers, state = array(1, 8192, dtype=jnp.int32), array(1, 64, 64, 128, dtype=jnp.float32)
@@ -340,8 +343,8 @@ def test_check_6_hopper_compiles_at_the_1_3b_shape():
     array, inputs, mesh = mamba_1_3b("h100:1")
     numbers, state = array(1, 8192, dtype=jnp.int32), array(1, 64, 64, 128, dtype=jnp.float32)
     with mesh:
-        lowered = jax.jit(gradient).trace(inputs, numbers, state)
-        lowered = lowered.lower(lowering_platforms=("cuda",))
+        graded = jax.jit(functools.partial(gradient, impl="gpu"))
+        lowered = graded.trace(inputs, numbers, state).lower(lowering_platforms=("cuda",))
         compiled = lowered.compile(topology.compiler_options(topology.parse("h100:1")))
     assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 2 + 5
 
