@@ -19,11 +19,18 @@ _MODULES = {
     "gradient_norms": "eval.gradient_norms",
     "losses": "eval.losses",
     "bits_per_byte": "eval.bits_per_byte",
+    "token_cost": "eval.token_cost",
+    "ranked": "eval.ranked",
     "speed": "eval.speed",
     "attention": "eval.attention",
     "edits": "eval.edits",
     "sheets": "eval.sheets",
     "power_law": "eval.scaling.power_law",
+    "ladder": "eval.scaling.ladder",
+    "densing": "eval.scaling.densing_report",
+    "densing_runs": "eval.scaling.densing_runs",
+    "multi_power_law": "eval.scaling.multi_power_law",
+    "multi_power_seeds": "eval.scaling.multi_power_seeds",
     "ablation_table": "eval.ablation_table",
 }
 

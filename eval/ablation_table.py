@@ -122,7 +122,9 @@ def build(config):
 
     def evaluate(model, params, *, step, rng, workdir):
         workdir = Path(workdir)
-        groups = collect(workdir, names)
+        # A run that made a tokenizer is what the others read, and no row.
+        rows = [name for name in names if not (workdir / name / "tokenizer.json").is_file()]
+        groups = collect(workdir, rows)
         columns = _columns(groups, options.metrics)
         summary = {g: {c: _summary(s, c) for c in columns} for g, s in groups.items()}
         levels = _levels(groups, columns)

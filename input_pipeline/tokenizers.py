@@ -122,6 +122,10 @@ def load(data) -> TextTokenizer:
 
 def run(config, workdir) -> dict[str, float]:
     """Task "tokenizer": trains on the texts of config.data, writes tokenizer.json and a report."""
+    if "superbpe" in config.data:
+        from input_pipeline.superbpe import task
+
+        return task.run(config, workdir)
     by_language = corpus.by_language(config.data)
     out = Path(workdir)
     out.mkdir(parents=True, exist_ok=True)

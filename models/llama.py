@@ -54,6 +54,7 @@ SIZES = {
     "olmo2_13b": _sizes(5120, 40, 13824, 40, 40, 128, **_OLMO),
     # For CPUs; the vocabulary comes with the data.
     "tiny": _sizes(192, 6, 592, 4, 2, 48, vocab_size=4096),
+    "mini": _sizes(128, 3, 384, 4, 2, 32, vocab_size=8192),
     "debug": _sizes(64, 2, 128, 2, 1, 32, vocab_size=512),
 }
 

@@ -68,7 +68,7 @@ def forbidden(left, right, facts, veto):
         return True
     if veto[2] and (a & NEWLINES or b & INSIDE):
         return True
-    if veto[3] and both & DIGIT:
-        if both & OTHER or int(facts.length[left]) + int(facts.length[right]) > 3:
-            return True
+    size = int(facts.length[left]) + int(facts.length[right])
+    if veto[3] and both & DIGIT and (both & OTHER or size > 3):
+        return True
     return bool(veto[4] and count > 1 and both & MARK)

@@ -313,9 +313,8 @@ class Loop:
             self.pairs.queued[self._slot] = 0  # its entry in the new heap is out of date
         if most > len(self.pairs.changed):
             self.pairs = self.pairs._replace(changed=np.empty(2 * most, np.int32))
-        merge(
-            self._slot, left, right, product, self.text, self.pairs, self.heap, self.facts, self.veto
-        )  # fmt: skip
+        where, rules = (self.text, self.pairs, self.heap), (self.facts, self.veto)
+        merge(self._slot, left, right, product, *where, *rules)
 
     def tokens(self) -> int:
         """Tokens of all pieces, repeated pieces counted every time."""

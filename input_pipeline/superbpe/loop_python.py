@@ -22,9 +22,7 @@ class Loop:
     def __init__(self, pieces: Pieces, allowed: Callable[[int, int], bool]):
         self.allowed = allowed
         borders = np.flatnonzero(pieces.ids == SEPARATOR)
-        self.pieces = [
-            pieces.ids[a + 1 : b].tolist() for a, b in pairwise(borders.tolist())
-        ]
+        self.pieces = [pieces.ids[a + 1 : b].tolist() for a, b in pairwise(borders.tolist())]
         self.weights = [int(pieces.weights[a]) for a in borders[:-1].tolist()]
         self.counts: dict[tuple[int, int], int] = defaultdict(int)
         self.where: dict[tuple[int, int], set[int]] = defaultdict(set)

@@ -18,7 +18,7 @@ from input_pipeline.superbpe import tokenizer_json
 from input_pipeline.superbpe.bpe import Bpe, Pair, byte_symbols
 
 BATCH = 1 << 20  # characters encoded at a time: the library's results are a hundred times larger
-LONGEST = 1 << 16  # characters of one string given to the library; whole lines
+LONGEST = 1 << 12  # characters of one string given to the library; whole lines
 SEPARATOR = -1
 
 
@@ -77,12 +77,16 @@ def collect(
 
     counted: `texts` are (piece, how often) instead, already cut.
     """
-    inner = tokenizer_json.build(bpe, patterns, lines=not counted, normalizer=normalizer)
+    inner = tokenizer_json.build(
+        bpe, () if counted else patterns, lines=not counted, normalizer=normalizer
+    )
     found: Counter[bytes] = Counter()
     present = np.zeros(max(bpe.vocab.values()) + 1, bool)
     tokens = size = 0
     for batch, counts in _batched(texts, counted):
-        encoded = inner.encode_batch(batch, add_special_tokens=False)  # the fast one forgets borders
+        encoded = inner.encode_batch(
+            batch, add_special_tokens=False
+        )  # the fast one forgets borders
         for text, times, one in zip(batch, counts, encoded):
             ids = np.array(one.ids, np.int32)
             present[ids] = True

@@ -14,7 +14,7 @@ uninterrupted run gives, so a checkpoint is a list of merges.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,15 @@ from input_pipeline.superbpe.pieces import SEPARATOR, Pieces
 from input_pipeline.superbpe.rules import PRESETS, Rules
 
 EVERY = 2.0  # seconds between two calls of `on_progress`
+
+
+class Progress(NamedTuple):
+    """Where a training stands; `merges` begins with the inherited ones that are left."""
+
+    done: int
+    total: int
+    base: Bpe
+    merges: list[Pair]
 
 
 class Found(NamedTuple):
@@ -58,7 +67,7 @@ def train(
     keep: bool = False,
     normalizer: dict | None = None,
     engine: str = "auto",
-    on_progress: Callable[[int, int, list[Pair]], None] = lambda done, total, merges: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Found:
     """Adds merges to `start` until vocab_size tokens, alphabet included.
 
@@ -68,24 +77,27 @@ def train(
                  tokenizer; otherwise unused merges are skipped and ids are canonical
     normalizer:  JSON of a normaliser that texts pass first
     engine:      numba, python, or auto: numba where it is installed; both give the same merges
-    on_progress: called every few seconds with merges done, merges to do, and all merges
+    on_progress: called every few seconds and at the end
     """
     full = pieces_of.with_all_bytes(start)
-    found = pieces_of.collect(
-        texts, full, rules.train, counted=counted, normalizer=normalizer
-    )
+    found = pieces_of.collect(texts, full, rules.train, counted=counted, normalizer=normalizer)
     base, skipped, found = _renumbered(start, full, found, all_bytes, keep)
+    if not base.vocab:
+        raise ValueError("stage 2 has no text to train on, and a tokenizer without any symbol")
     merges, counts, after = grow(found, base, vocab_size, rules, engine, on_progress)
-    new = merges[len(base.merges) :]
+    bpe = extended(base, merges)
+    return Found(bpe, len(base.merges), skipped, tuple(counts), (found.tokens, after))
+
+
+def extended(base: Bpe, merges: Sequence[Pair]) -> Bpe:
+    """`base` after more merges, of which `merges` begins with its own; new tokens get new ids."""
     vocab = dict(base.vocab)
-    free = max(vocab.values()) + 1
-    for left, right in new:
+    free = max(vocab.values(), default=-1) + 1
+    for left, right in merges:
         if left + right not in vocab:
             vocab[left + right] = free
             free += 1
-    return Found(
-        Bpe(vocab, tuple(merges)), len(base.merges), skipped, tuple(counts), (found.tokens, after)
-    )
+    return Bpe(vocab, tuple(merges))
 
 
 def _renumbered(start: Bpe, full: Bpe, found: Pieces, all_bytes: bool, keep: bool):
@@ -133,9 +145,9 @@ def grow(found: Pieces, base: Bpe, vocab_size: int, rules: Rules, engine: str, o
             merges.append(pair)
             counts.append(count)
         if time.monotonic() - told > EVERY:
-            on_progress(len(counts), new, merges)
+            on_progress(Progress(len(counts), new, base, merges))
             told = time.monotonic()
-    on_progress(len(counts), len(counts), merges)
+    on_progress(Progress(len(counts), len(counts), base, merges))
     return merges, counts, found.tokens - before + loop.tokens()
 
 
