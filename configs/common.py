@@ -43,7 +43,7 @@ def base(**overrides: Any) -> ConfigDict:
                 groups={},  # group -> dict(lr_scale=1.0, weight_decay_scale=1.0)
             ),
             schedule=dict(
-                name="constant",  # constant | cosine | wsd | exp_linear | piecewise
+                name="constant",  # constant | cosine | wsd | exp_linear | piecewise | from_file
                 warmup=0,  # steps of linear warm-up
                 final=0.0,  # last lr over the peak (cosine, wsd)
                 decay=0,  # steps of the closing decay (wsd; to 0: exp_linear, cosine)
@@ -52,6 +52,7 @@ def base(**overrides: Any) -> ConfigDict:
                 rate_steps=1000,  # ... at this step, falling since the warm-up
                 boundaries=(0,)[:0],  # piecewise: at these steps ...
                 factors=(0.0,)[:0],  # ... the lr becomes peak times these
+                path="",  # from_file: .npy or .csv with a column lr, scaled to the peak
             ),
             ema=dict(decay=0.0, warmup=False, groups=("",)[:0]),  # decay 0: off; groups (): all
             mesh=dict(data=-1, fsdp=1, tensor=1, seq=1),  # -1: the devices that are left

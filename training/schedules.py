@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-NAMES = ("constant", "cosine", "wsd", "exp_linear", "piecewise")
+NAMES = ("constant", "cosine", "wsd", "exp_linear", "piecewise", "from_file")
 
 
 def make_schedule(config) -> Callable:
@@ -76,8 +76,30 @@ def _shape(s, total: int) -> Callable:
                 return level
 
             return piecewise
+        case "from_file":
+            return _from_file(s, total)
         case other:
             raise ValueError(f"config.schedule.name={other!r} must be one of {', '.join(NAMES)}")
+
+
+def _from_file(s, total: int) -> Callable:
+    """The rates of config.schedule.path over their largest: one per step, or one per step after
+    the warm-up, as optimised schedules are published."""
+    from eval.scaling.lr_schedules import read_rates
+
+    try:
+        rates = read_rates(s.path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config.schedule.path={s.path!r}: {error}") from error
+    if len(rates) not in (total, total - s.warmup) or not rates.max() > 0:
+        raise ValueError(
+            f"config.schedule.path={s.path!r} has {len(rates)} rates up to {rates.max():.3g}; "
+            f"config.steps={total} needs {total}, or {total - s.warmup} after "
+            f"config.schedule.warmup={s.warmup}"
+        )
+    first, shape = total - len(rates), jnp.asarray(rates / rates.max(), jnp.float32)
+    at = lambda step: jnp.clip(step.astype(jnp.int32) - first, 0, len(shape) - 1)  # noqa: E731
+    return lambda step: shape[at(step)]
 
 
 def _to_zero(step, total: int, decay: int):

@@ -74,9 +74,27 @@ def test_piecewise():
     assert_close(found, np.repeat([2.0, 1.0, 0.2], [30, 30, 40]))
 
 
+def test_from_file(tmp_path):
+    """Rates of all steps or of those after the warm-up; the file gives the shape, not the peak."""
+    whole = np.concatenate([np.arange(1, 11) / 10, np.linspace(1, 0.01, 90)]) * 3e-4
+    np.save(tmp_path / "after.npy", whole[10:])
+    text = "".join(f"{i},{lr}\n" for i, lr in enumerate(whole))
+    (tmp_path / "whole.csv").write_text("step,lr\n" + text)
+    for name, warmup in (("after.npy", 10), ("whole.csv", 10), ("whole.csv", 0)):
+        found = lrs(name="from_file", path=str(tmp_path / name), warmup=warmup)
+        assert_close(found, whole / 3e-4 * 2.0)
+    with pytest.raises(ValueError, match="has 90 rates.* config.steps=100 needs 100, or 95 after"):
+        lrs(name="from_file", path=str(tmp_path / "after.npy"), warmup=5)
+    np.save(tmp_path / "bad.npy", np.array([1.0, np.nan]))
+    with pytest.raises(ValueError, match="config.schedule.path=.*bad.npy.*finite learning rate"):
+        lrs(steps=2, name="from_file", path=str(tmp_path / "bad.npy"))
+
+
 @pytest.mark.parametrize(
     "schedule, message",
     [
+        (dict(name="from_file"), "config.schedule.path='': "),
+        (dict(name="from_file", path="x.npy"), "config.schedule.path='x.npy': .*no such schedule"),
         (dict(name="cosin"), "config.schedule.name='cosin' must be one of constant, cosine"),
         (dict(name="wsd", shape="square"), "config.schedule.shape='square' must be one of linear"),
         (dict(name="wsd", shape="exponential"), "config.schedule.final=0.0 must be > 0"),
