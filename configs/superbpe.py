@@ -12,7 +12,7 @@ it the same merges take longer. Expected: a minute or two on two CPU cores; `rep
 | --- | --- | --- |
 | (none) | 17.8 MB of English (GCIDE, extra `text`; else Python's source), 16,384 tokens | minutes |
 | debug | Python's documentation, 1,000 tokens | seconds |
-| sweep | the same texts as (none), t at nine shares of the vocabulary, the best is kept | minutes |
+| sweep | 6 MB of the same texts, t at nine shares of the vocabulary, the best is kept | minutes |
 | code | Python's standard library | minutes |
 | mixed | captions in 14 languages and installed gettext catalogues | minutes |
 | 200k, 200k_t80k, 128k | your texts (data.path), t = 180,000, 80,000, 100,000 | servers |
@@ -51,6 +51,7 @@ def superbpe_config(**overrides) -> dict:
             start="",  # tokenizer.json, or merges.txt with `alphabet`, that stage 2 goes on from
             alphabet="",
             keep=False,  # the vocabulary of `start` stays whole and keeps its ids
+            save_every=10.0,  # seconds of stage 2 between two files to go on from
             engine="auto",  # auto | numba | python
             count="memory",  # memory | disk (texts of any size) | beam (many machines)
             count_memory_mb=512.0,  # of pieces before they go to disk
@@ -74,7 +75,8 @@ def get_config(arg=""):
             text, size = "docs", 1000
             more = dict(sample_mb=0.5, held_out_mb=0.1)
         case "sweep":
-            more = dict(sweep=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0), held_out_mb=1.0)
+            more = dict(sample_mb=6.0, held_out_mb=0.5)
+            more |= dict(sweep=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0))
         case "code":
             text = "stdlib"
         case "mixed":

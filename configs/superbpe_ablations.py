@@ -43,7 +43,7 @@ def get_config(arg=""):
     """The list of runs."""
     variant = common.parse_arg(arg, ("debug",)).variant
     debug = variant == "debug"
-    length, steps, size = (64, 6, 1000) if debug else (256, 200, 8192)
+    length, steps, size = (64, 6, 1000) if debug else (256, 120, 8192)
     lengths = {k: round(length * BYTES_PER_TOKEN["bpe"] / v) for k, v in BYTES_PER_TOKEN.items()}
     cost = {k: n * flops_per_token(n, size) for k, n in lengths.items()}
     groups = {}
@@ -59,7 +59,7 @@ def get_config(arg=""):
     extra = (
         "model.llama.size=mini",
         "batch_size=8",
-        f"evaluation.windows={16 if debug else 256}",
+        f"evaluation.windows={16 if debug else 64}",
         'evals=("bits_per_byte","token_cost")',
         "sample.prompts=()",
         "schedule.warmup=20",

@@ -20,7 +20,7 @@ ALIASES = {
     "pad": ("<pad>", "<|endoftext|>"),
     "eos": ("<eos>", "</s>", "<|endoftext|>"),
     "bos": ("<bos>", "<s>", "<|endoftext|>"),
-    "boi": ("<unused0>", "<start_of_image>", "<boi>"),
+    "boi": ("<unused0>", "<start_of_image>", "<boi>", "<|endoftext|>"),
 }
 BYTE_NEWLINE = "Ċ"  # how byte-level BPE spells "\n"
 

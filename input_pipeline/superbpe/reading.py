@@ -6,6 +6,7 @@ a folder of a TFDS set, a folder of all these. Nothing is held but one document;
 bounded, reproducible part of a stream of any length.
 """
 
+import functools
 import gettext
 import gzip
 import hashlib
@@ -81,27 +82,32 @@ def _installed(name: str, domain: str, data, skipped: Skipped) -> Iterator[Docum
                 yield Document(domain or name, text, split == "test")
 
 
+@functools.cache
+def _catalogue_files() -> tuple[Path, ...]:
+    roots = (root for root in LOCALES if root.is_dir())
+    return tuple(p for root in roots for p in sorted(root.glob("**/LC_MESSAGES/*.mo")))
+
+
 def catalogues(languages: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(language, message) of the installed programs' gettext catalogues; English: the originals."""
     seen: set[str] = set()
     for lang in languages:
         tags = {lang, f"{lang}_{lang.upper()}", "zh_CN" if lang == "zh" else "", f"{lang}_BR"}
-        for root in LOCALES:
-            for path in sorted(root.glob("**/LC_MESSAGES/*.mo")) if root.is_dir() else ():
-                if path.parent.parent.name not in (tags if lang != "en" else {"de"}):
-                    continue
-                try:
-                    with path.open("rb") as file:
-                        found = gettext.GNUTranslations(file)._catalog
-                except (OSError, ValueError, UnicodeDecodeError, AssertionError) as error:
-                    logging.warning("skipped %s: %s", path, error)
-                    continue
-                for key, message in found.items():
-                    key = key[0] if isinstance(key, tuple) else key
-                    text = key if lang == "en" else message
-                    if key and text not in seen:  # key "": the catalogue's own header
-                        seen.add(text)
-                        yield lang, text
+        for path in _catalogue_files():
+            if path.parent.parent.name not in (tags if lang != "en" else {"de"}):
+                continue
+            try:
+                with path.open("rb") as file:
+                    found = gettext.GNUTranslations(file)._catalog
+            except (OSError, ValueError, UnicodeDecodeError, AssertionError) as error:
+                logging.info("skipped %s: %s", path, error)  # says a charset that it is not in
+                continue
+            for key, message in found.items():
+                key = key[0] if isinstance(key, tuple) else key
+                text = key if lang == "en" else message
+                if key and text not in seen:  # key "": the catalogue's own header
+                    seen.add(text)
+                    yield lang, text
 
 
 def input_files(data) -> list[Path]:

@@ -25,7 +25,7 @@ from input_pipeline.superbpe.facts import facts_of, forbidden, note
 from input_pipeline.superbpe.pieces import SEPARATOR, Pieces
 from input_pipeline.superbpe.rules import PRESETS, Rules
 
-EVERY = 2.0  # seconds between two calls of `on_progress`
+EVERY = 0.5  # seconds between two calls of `on_progress`
 
 
 class Progress(NamedTuple):

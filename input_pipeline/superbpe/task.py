@@ -22,15 +22,18 @@ from input_pipeline.superbpe.bpe import Bpe, read_alphabet, read_merges, write_m
 from input_pipeline.superbpe.progress import Bar
 from input_pipeline.superbpe.rules import PRESETS, S1, Veto, preset
 
-SAVE_EVERY = float(os.environ.get("UNIFLUD_SUPERBPE_SAVE_EVERY", 10))  # seconds; tests shorten it
 SIZES = (1000, 2000, 4000, 8000, 16_000, 50_000, 100_000)  # of the vocabulary, for the curve
 
 
 class Corpus(NamedTuple):
-    """What is trained on and what is measured on; `counts` instead of `texts` on disk."""
+    """What is trained on and what is measured on; `counts` instead of `texts` on disk.
+
+    measured: held-out documents, or some of the training text where none are held out.
+    """
 
     texts: list[tuple[str, str]]
-    held_out: list[tuple[str, str]]
+    measured: list[tuple[str, str]]
+    measured_on: str
     counts: dict[tuple[str, ...], list[Path]]
     key: str  # changes with the training text
 
@@ -71,7 +74,7 @@ def corpus(config, workdir: Path) -> Corpus:
         if not texts:
             raise ValueError("config.data.superbpe.inputs hold no text to train on")
         key = _hash(*(part.encode() for row in texts for part in row))
-        return Corpus(texts, held, {}, key)
+        return Corpus(texts, held or texts, _name(held), {}, key)
     if options.count not in ("disk", "beam"):
         raise ValueError(
             f"config.data.superbpe.count={options.count!r}: allowed are memory, disk, beam"
@@ -95,7 +98,12 @@ def corpus(config, workdir: Path) -> Corpus:
                 counting.count(texts, patterns, out, options.count_memory_mb)
             found[patterns] = [out]
     sizes = [(p.name, p.stat().st_size) for parts in found.values() for p in parts]
-    return Corpus([], held, found, _hash(sizes))
+    measured = held or reading.sample(documents(False), limits[1], config.seed)
+    return Corpus([], measured, _name(held), found, _hash(sizes))
+
+
+def _name(held: list) -> str:
+    return "held-out text" if held else "the training text"
 
 
 def _rules(options):
@@ -161,7 +169,7 @@ def second_stage(
         bar.tell(p.done, p.total)
         if "inherited" not in facts:
             facts.update(inherited=len(p.base.merges), skipped=t - len(p.base.merges))
-        if time.monotonic() - saved[0] >= SAVE_EVERY and p.done < p.total:
+        if time.monotonic() - saved[0] >= options.save_every and p.done < p.total:
             _save(partial, key, stage2.extended(p.base, p.merges), facts)
             saved[0] = time.monotonic()
 
@@ -226,6 +234,8 @@ def _choices(config, source: Bpe, begun: bool) -> list[int]:
 def run(config, workdir) -> dict:
     """Trains config.data.superbpe; returns the report."""
     workdir, size, options = Path(workdir), config.data.vocab_size, config.data.superbpe
+    if options.all_bytes and size <= 256:
+        raise ValueError(f"config.data.vocab_size={size}: more than the 256 bytes are needed")
     workdir.mkdir(parents=True, exist_ok=True)
     rules, begun = _rules(options), _start(options)
     found = corpus(config, workdir)
@@ -243,7 +253,7 @@ def run(config, workdir) -> dict:
         else:
             bpe, facts = second_stage(config, found, start, workdir, normalizer)
             cut = rules.encode
-        measured = [text for _, text in found.held_out or found.texts]
+        measured = [text for _, text in found.measured]
         value = tokenizer_json.bytes_per_token(_inner(bpe, cut, normalizer), measured)
         superwords = report.shape(bpe, facts["inherited"])["superwords"]
         plain = cut != rules.encode
@@ -274,7 +284,7 @@ def _inner(bpe: Bpe, cut: tuple[str, ...], normalizer: dict | None) -> tokenizer
 def _report(
     inner, bpe: Bpe, cut: tuple[str, ...], reference: Reference, facts: dict, found: Corpus
 ) -> dict:
-    measured = found.held_out or found.texts
+    measured = found.measured
     size = len(bpe.vocab)
     sizes = [s for s in SIZES if s < size] + [size]
     old = reference.bpe, reference.patterns
@@ -282,7 +292,7 @@ def _report(
         "t": facts["t"],
         "inherited": facts["inherited"],
         "skipped": facts["skipped"],
-        "measured_on": ("held-out" if found.held_out else "the training") + " text",
+        "measured_on": found.measured_on,
         "measured_bytes": sum(len(text.encode()) for _, text in measured),
         "training_bytes": sum(len(text.encode()) for _, text in found.texts),
         "bytes_per_token": report.efficiency(inner, measured),

@@ -1,0 +1,333 @@
+"""SuperBPE as a user runs it: inputs, counts on disk, kills, sweep, models; checks 7 to 9."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tokenizers as hf
+
+from configs.common import load_config
+from input_pipeline import text as packed
+from input_pipeline import tokenizers
+from input_pipeline.records import Skipped
+from input_pipeline.superbpe import counting, reading, stage1, stage2, sweep, task, tokenizer_json
+from input_pipeline.superbpe.bpe import Bpe, digest, read_merges
+from input_pipeline.superbpe.rules import NO_VETO, PRESETS, S1, S2, Rules
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results" / "superbpe"
+WORDS = [
+    *("snail", "whale", "shell", "water", "house", "night", "light", "stone"),
+    *("river", "small", "green", "quick", "slow", "old", "new"),
+]
+RNG = random.Random(0)
+LINES = [
+    f"The {a} {b} of the {c} is in the {d}" + RNG.choice([".\n", ", and so is 1 of 234.\n", ":\n"])
+    for a, b, c, d in (RNG.choices(WORDS, k=4) for _ in range(400))
+]
+TEXT = "".join(line + ("\n" if i % 5 == 0 else "") for i, line in enumerate(LINES))
+
+
+def config(path, *overrides, **fields):
+    """configs/superbpe.py on files; fields of data.superbpe."""
+    found = load_config("configs/superbpe.py:debug", *overrides)
+    with found.unlocked():
+        found.data.text, found.data.path = "folder", str(path)
+        found.data.superbpe.update(dict(sample_mb=0.0, held_out=0.0) | fields)
+    return found
+
+
+@pytest.fixture(scope="module")
+def questions() -> str:
+    root = Path(os.environ.get("UNIFLUD_DATA", ROOT.parent / "shared" / "data"))
+    path = root / "superbpe" / "gsm8k_questions_train.txt"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent")
+    return path.read_text("utf-8")
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path):
+    """Text, jsonl, gz, ArrayRecord; blank lines part documents and no character is lost."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    skipped = Skipped(0)
+    (tmp_path / "a.txt").write_text(TEXT, newline="")
+    blocks = list(reading.read_file(tmp_path / "a.txt", skipped))
+    assert "".join(blocks) == TEXT and len(blocks) > 30
+    rows = "".join(json.dumps({"text": block}) + "\n" for block in blocks)
+    (tmp_path / "a.jsonl").write_text(rows)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(rows)
+    writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
+    for i, block in enumerate(blocks):
+        writer.write(block.encode() if i % 2 else json.dumps({"text": block}).encode())
+    writer.close()
+    for name in ("a.jsonl", "a.jsonl.gz", "a.array_record"):
+        assert list(reading.read_file(tmp_path / name, skipped)) == blocks, name
+
+
+def test_tfds_folders_are_read(make_config, cache):
+    """A stored set of this repository is a TFDS set."""
+    from input_pipeline import documents
+
+    path = documents.prepare(make_config(name="text", text="docs").data)
+    found = set(reading.read_file(path, Skipped(0)))
+    assert found > set(documents.load(make_config(name="text", text="docs").data, "test")[0])
+
+
+def test_bad_rows_are_counted_and_bad_inputs_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"txt": 1}\nnonsense\n')
+    skipped = Skipped(5)
+    assert list(reading.read_file(tmp_path / "a.jsonl", skipped)) == ["good"]
+    assert skipped.counts == {"unreadable": 2}
+    (tmp_path / "b.jsonl").write_text('{"text": "half \\ud800 a pair"}\n')
+    found = [d.text for d in reading.stream(config(tmp_path / "b.jsonl").data)]
+    assert found == ["half ? a pair"]
+    with pytest.raises(FileNotFoundError, match="inputs='nowhere' is no text file.*catalogues"):
+        list(reading.stream(config("nowhere").data))
+    with pytest.raises(ValueError, match="vocab_size=200: more than the 256 bytes"):
+        task.run(config(tmp_path / "b.jsonl", "data.vocab_size=200"), tmp_path / "out")
+    with pytest.raises(ValueError, match="rules='repa' is none of repo, paper"):
+        task.run(config(tmp_path / "b.jsonl", rules="repa"), tmp_path / "out")
+
+
+def test_sample_is_bounded_and_does_not_depend_on_the_order():
+    rows = [("x", f"document {i} " * (1 + i % 7)) for i in range(500)]
+    kept = reading.sample(rows, 5000, 0)
+    assert 4000 < sum(len(t) for _, t in kept) <= 5000
+    assert reading.sample(rows[::-1], 5000, 0) == kept != reading.sample(rows, 5000, 1)
+    assert reading.sample(rows, 0, 0) == rows
+
+
+@pytest.mark.parametrize("engine", ["auto", "python"])
+def test_counts_on_disk_give_the_same_merges(tmp_path, engine):
+    """Many sorted parts, merged; stage 1 and stage 2 from them."""
+    plain = stage1.train([TEXT], vocab_size=120)
+    one = counting.count([TEXT], (S1,), tmp_path / "s1.tsv", memory_mb=0.001)
+    assert counting.stage1_from_counts(
+        counting.read_counts(one), vocab_size=120, engine=engine
+    ).merges == plain.merges  # fmt: skip
+    two = counting.count([TEXT], (S2,), tmp_path / "s2.tsv", memory_mb=0.001)
+    assert set(tmp_path.iterdir()) == {one, two}  # and no parts
+    found = stage2.train(
+        counting.read_counts(two), plain.first(40), 150, counted=True, engine=engine
+    )
+    assert found.bpe == stage2.train([TEXT], plain.first(40), 150, engine=engine).bpe
+
+
+def test_beam_counts_the_same(tmp_path):
+    """The pipeline on this machine's runner; needs the extra "beam"."""
+    pytest.importorskip("apache_beam", reason="needs the extra beam")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(TEXT, newline="")
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    parts = counting.count_with_beam(files, (S1,), tmp_path / "beam")
+    one = counting.count([TEXT, TEXT], (S1,), tmp_path / "disk.tsv")
+    assert sorted(counting.read_counts(parts)) == sorted(counting.read_counts(one))
+
+
+def test_counts_do_not_end_at_two_to_the_31():
+    """Weights of a corpus of terabytes; ties and order hold."""
+    big = 3 * 2**31
+    rows = [("ab", big), ("cd", big + 1), ("abcd", 1)]
+    for engine in ("auto", "python"):
+        found = counting.stage1_from_counts(rows, vocab_size=7, engine=engine)
+        assert found.merges == (("c", "d"), ("a", "b"), ("ab", "cd"))
+
+
+def test_task_on_disk_equals_task_in_memory(tmp_path):
+    (tmp_path / "in.txt").write_text(TEXT, newline="")
+    over = ("data.vocab_size=340",)
+    found = {}
+    for count in ("memory", "disk"):
+        task.run(config(tmp_path / "in.txt", *over, count=count), tmp_path / count)
+        found[count] = read_merges(tmp_path / count / "merges.txt")
+    assert found["memory"] == found["disk"]
+
+
+def test_task_leaves_what_it_says(tmp_path):
+    (tmp_path / "in.txt").write_text(TEXT, newline="")
+    told = task.run(config(tmp_path / "in.txt", "data.vocab_size=340"), tmp_path / "out")
+    out = tmp_path / "out"
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(told))
+    assert told["measured_on"] == "the training text"
+    assert told["bytes_per_token"]["all"] > told["bytes_per_token_bpe"]["all"]
+    assert not any(told["vocabulary"]["broken_rules"].values())
+    for name in ("report.png", "report.md", "superwords.txt", "merges.txt", "vocab.json"):
+        assert (out / name).stat().st_size > 0, name
+    assert "·of·the" in (out / "superwords.txt").read_text()
+    inner = hf.Tokenizer.from_file(str(out / "tokenizer.json"))
+    assert json.loads((out / "vocab.json").read_text()).items() <= inner.get_vocab().items()
+
+
+def test_stage_2_goes_on_from_any_tokenizer_exactly(tmp_path):
+    """Saved, read and continued = never stopped; ids of an extended vocabulary stay."""
+    plain = stage1.train([TEXT], vocab_size=120)
+    whole = stage2.train([TEXT], plain.first(40), 200).bpe
+    for stop in (0, 45, 70):
+        start = whole.first(stop) if stop else plain.first(40)
+        tokenizer_json.build(start, (S2,), ("<eos>",)).save(str(tmp_path / "tokenizer.json"))
+        again = tokenizer_json.load(tmp_path)
+        assert stage2.train([TEXT], again.bpe, 200).bpe == whole and "<eos>" in again.specials
+    # GPT-2's kind of file: specials first, ids in an order of its own, merges as text.
+    trainer = hf.trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"],
+                                     initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+                                     show_progress=False)  # fmt: skip
+    inner = hf.Tokenizer(hf.models.BPE())
+    inner.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.normalizer = hf.normalizers.NFC()
+    inner.train_from_iterator([TEXT], trainer)
+    inner.save(str(tmp_path / "other.json"))
+    over = ("data.vocab_size=380",)
+    (tmp_path / "in.txt").write_text(TEXT, newline="")
+    fields = dict(start=str(tmp_path / "other.json"), keep=True)
+    task.run(config(tmp_path / "in.txt", *over, **fields), tmp_path / "out")
+    made = hf.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert inner.get_vocab().items() <= made.get_vocab().items()
+    assert made.get_vocab_size() == 382 and "NFC" in made.to_str()
+    assert made.decode(made.encode(TEXT).ids) == TEXT
+
+
+def test_files_that_are_no_byte_level_bpe_are_explained(tmp_path):
+    file = tmp_path / "x.json"
+    for text, message in (
+        ("{}", "no tokenizer.json of a BPE"),
+        ('{"model": {"vocab": {"▁a": 0}, "merges": []}}', "token '▁a' spells no bytes"),
+        ('{"model": {"vocab": {}, "merges": [], "byte_fallback": true}}', "has byte_fallback"),
+        ('{"model": {"vocab": {"a": 0}, "merges": ["a b"]}}', "a token that is not in vocab"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            tokenizer_json.load(file)
+
+
+def test_a_killed_run_goes_on_with_the_same_merges(tmp_path):
+    """SIGKILL inside stage 2; the same command continues from what was saved."""
+    rng = random.Random(0)
+    names = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 6))) for _ in range(400)]
+    lines = [" ".join(rng.choices(names, k=12)) + "\n" for _ in range(2500)]
+    (tmp_path / "in.txt").write_text("".join(lines))
+    command = [
+        sys.executable, str(ROOT / "main.py"), "--config=configs/superbpe.py:debug",
+        f"--workdir={tmp_path / 'out'}", "--config.data.vocab_size=6000",
+        f"--config.data.superbpe.inputs=('{tmp_path / 'in.txt'}',)",
+        "--config.data.superbpe.held_out=0.0", "--config.data.superbpe.engine=python",
+        "--config.data.superbpe.save_every=0.1", "--config.data.superbpe.share=0.1",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    partial = tmp_path / "out" / "stage2-t600.partial.json"
+    end = time.monotonic() + 300
+    while not partial.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and partial.exists()
+    done = len(json.loads(partial.read_text())["merges"])
+    finished = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "goes on after" in finished and not partial.exists()
+    merges = read_merges(tmp_path / "out" / "merges.txt")
+    texts = list(reading.read_file(tmp_path / "in.txt", Skipped(0)))
+    plain = stage1.train(texts, vocab_size=6000, all_bytes=True)
+    whole = stage2.train(texts, plain.first(600), 6000, all_bytes=True).bpe
+    assert merges == whole.merges and 600 < done < len(merges)
+    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "goes on after" not in again  # nothing was left to do
+
+
+def test_check_7_interior_optimum_of_t(questions):
+    """1.4 MB, 4,000 tokens: some t between nothing and all is best, and BPE lowest (the sweep
+    over 13.7 MB of English is test_check_7_committed_sweep)."""
+    cut = questions.rindex("\n\n", 0, 1_200_000)
+    held = questions[cut + 2 :].split("\n\n")
+    plain = stage1.train([questions[:cut]], vocab_size=4000)
+    rows = []
+    for t in (0, 600, 1600, 3000, len(plain.merges)):
+        if t == len(plain.merges):
+            inner = tokenizer_json.build(plain, (S1,))
+        else:
+            bpe = stage2.train([questions[:cut]], plain.first(t), 4000).bpe
+            inner = tokenizer_json.build(bpe, (S2,))
+        value = tokenizer_json.bytes_per_token(inner, held)
+        rows.append(dict(t=t, bytes_per_token=value, plain=t == len(plain.merges), superwords=0))
+    assert 0 < sweep.best(rows)["t"] < len(plain.merges)
+    assert min(rows, key=lambda row: row["bytes_per_token"])["plain"]
+    assert sweep.table(rows, 4000).count("**") == 2
+
+
+def test_check_7_committed_sweep():
+    rows = json.loads((RESULTS / "sweep.json").read_text())
+    top = sweep.best(rows)
+    assert rows[0]["t"] == 0 < top["t"] < rows[-1]["t"] and rows[-1]["plain"]
+    assert min(rows, key=lambda row: row["bytes_per_token"]) is rows[-1]
+
+
+def test_check_8_committed_growth():
+    """50 MB in less than 2 GB and 5 minutes, at least 30 times the plain reference."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "superbpe.json").read_text())["rows"]
+    growth = {row["mb"]: row for row in rows if row["what"] == "stage 2"}
+    assert set(growth) == {5, 10, 20, 50}
+    assert growth[50]["peak_rss_gb"] < 2 and growth[50]["cpu_seconds"] < 300
+    assert growth[50]["cpu_seconds"] < 1.5 * 10 * growth[5]["cpu_seconds"]
+    (speed,) = [row for row in rows if row["what"] == "against the plain reference"]
+    assert speed["ratio"]["median"] > 30
+
+
+def test_check_9_committed_language_models():
+    """Three seeds each, equal FLOPs and bytes of context to a hundredth."""
+    groups = json.loads((RESULTS / "language_models.json").read_text())["groups"]
+    bpe, superbpe = groups["bpe"], groups["superbpe"]
+    for key in ("token_cost/context_bytes", "token_cost/training_petaflops"):
+        assert abs(superbpe[key]["mean"] / bpe[key]["mean"] - 1) < 0.02, key
+    assert all(metric["n"] == 3 for group in groups.values() for metric in group.values())
+    for key in ("token_cost/flops_per_byte", "token_cost/std_over_mean"):
+        assert superbpe[key]["mean"] < bpe[key]["mean"], key
+
+
+def test_language_models_read_the_file(make_config, tmp_path, fresh_cache):
+    """config.data.tokenizer names it: windows are packed with it, bits per byte count its bytes."""
+    from eval.bits_per_byte import byte_lengths
+
+    data = make_config(name="text", text="docs", length=32).data
+    plain = stage1.train([TEXT], vocab_size=320, all_bytes=True)
+    bpe = stage2.train([TEXT], plain.first(20), 340, all_bytes=True).bpe
+    for marks in (tokenizer_json.SPECIALS, ("<|endoftext|>",)):  # ours, and published ones'
+        folder = tmp_path / str(len(marks))
+        folder.mkdir()
+        built = tokenizer_json.build(bpe, PRESETS["repo"].encode, marks)
+        built.save(str(folder / "tokenizer.json"))
+        data.tokenizer = str(folder)
+        loaded = tokenizers.load(data)
+        assert loaded.vocab_size == 340 + len(marks) and loaded.eos >= 340
+        assert loaded.decode(loaded.encode(TEXT)) == TEXT
+        lengths = byte_lengths(loaded)
+        assert lengths[loaded.encode(TEXT)].sum() == len(TEXT.encode())
+    windows, _, _ = packed.windows(data, "test")
+    assert windows.tokens.shape[1] == 32 and windows.tokens.max() < 341
+
+
+def test_any_number_of_cores_gives_the_same(monkeypatch):
+    found = []
+    for parallel in ("true", "false"):
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
+        plain = stage1.train([TEXT] * 3, vocab_size=120)
+        found.append((plain, stage2.train([TEXT] * 3, plain.first(40), 200)))
+    assert found[0] == found[1]
+
+
+def test_without_numba_the_same_merges(monkeypatch):
+    """engine=auto takes plain Python where numba is not installed."""
+    plain = stage1.train([TEXT], vocab_size=120)
+    expected = stage2.train([TEXT], plain.first(30), 200).bpe
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert not stage2.has_numba()
+    assert digest(stage2.train([TEXT], plain.first(30), 200).bpe.merges) == digest(expected.merges)
+    nothing = Rules((), (), NO_VETO)
+    assert stage2.train(["ab"], Bpe.of((), ()), 100, nothing).bpe.merges == (("a", "b"),)
+    with pytest.raises(ValueError, match="no text to train on"):
+        stage2.train([], Bpe.of((), ()), 100, nothing)
