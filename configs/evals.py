@@ -30,6 +30,13 @@ def eval_config(**overrides) -> ml_collections.ConfigDict:
             loss_batches=4,  # of `batch` rows per split: losses
             windows=512,  # packed windows of held-out text: bits_per_byte
             contexts=(1024, 8192),  # tokens behind which a step of decoding is timed: speed
+            ranked=dict(  # ranked: multiple-choice items, scored as continuations
+                source="",  # file of JSON lines; "" makes items of the held-out texts
+                tasks=("definition", "continuation", "order"),  # which items are made
+                count=256,  # items of each of them ...
+                choices=4,  # ... with so many options
+                space="counted",  # in front of an option: counted | scored (no byte) | none
+            ),
             trunk="decoder",  # params[trunk] is what the two losses share
             sheet=24,  # pictures per contact sheet
             sheet_languages=("en", "es", "de", "fr", "ru", "ja", "ar"),

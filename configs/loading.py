@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 ROOT = Path(__file__).resolve().parents[1]
 HELPERS = (
     "__init__.py", "common.py", "data.py", "evals.py", "image_tokenizers.py", "language.py",
-    "loading.py", "runs.py",
+    "loading.py", "rungs.py", "runs.py",
 )  # fmt: skip
 
 

@@ -38,6 +38,9 @@ def before_jax() -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # scipy's optimisers factor tiny matrices; on a busy machine OpenBLAS's threads wait for each
+    # other longer than that takes (2 ms instead of 10 us for a step of L-BFGS-B). XLA has its own.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if "JAX_PLATFORMS" not in os.environ and sys.platform != "darwin" and not accelerators():
         os.environ["JAX_PLATFORMS"] = "cpu"
     xla = os.environ.get("XLA_FLAGS", "")
