@@ -16,19 +16,25 @@ class Bar:
         self.first: tuple[float, int] | None = None  # when the first was told, and how much
 
     def tell(self, done: int, total: int) -> None:
-        """Shows how much is done and, from the pace so far, how long the rest will take."""
+        """Shows how much is done and, from the pace so far, how long the rest will take.
+
+        total 0: nobody knows yet.
+        """
         now, terminal = time.monotonic(), sys.stderr.isatty()
-        if 0 < done < total and not terminal and now - self.told < LINE_EVERY:
+        going = done < total or not total
+        if done > 0 and going and now - self.told < (0.2 if terminal else LINE_EVERY):
             return
         self.told = now
         since, before = self.first = self.first or (now, done)
-        share = done / max(total, 1)
-        left = (now - since) * (total - done) / max(done - before, 1)
-        rest = f"{_time(left)} left" if done < total else f"in {_time(now - self.began)}"
-        bar = "#" * round(WIDTH * share)
-        text = f"{self.name} [{bar:<{WIDTH}}] {done:,} of {total:,} {self.unit}, {rest}"
+        if total:
+            left = (now - since) * (total - done) / max(done - before, 1)
+            rest = f"{_time(left)} left" if going else f"in {_time(now - self.began)}"
+            bar = "#" * round(WIDTH * done / total)
+            text = f"{self.name} [{bar:<{WIDTH}}] {done:,} of {total:,} {self.unit}, {rest}"
+        else:
+            text = f"{self.name}: {done:,} {self.unit} so far"
         sys.stderr.write(f"\r{text:<100}" if terminal else text + "\n")
-        if terminal and done >= total:
+        if terminal and not going:
             sys.stderr.write("\n")
         sys.stderr.flush()
 

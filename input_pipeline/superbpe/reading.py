@@ -116,6 +116,17 @@ def input_files(data) -> list[Path]:
     return [path for item in items for path in _files(item.rpartition("=")[2])]
 
 
+def stamp(data) -> list[tuple]:
+    """What must not change for counts to be used again: names, and sizes and times of files."""
+    options = data.superbpe
+    found: list[tuple] = [(options.inputs, data.text, data.path, options.held_out)]
+    for item in options.inputs or (data.path,):
+        where = item.rpartition("=")[2]
+        if where and where not in documents.READERS and where != "catalogues":
+            found += [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in _files(where)]
+    return found
+
+
 def _files(where: str) -> list[Path]:
     """A file, a TFDS folder, or all texts below a folder."""
     root = Path(where).expanduser()

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,27 +79,39 @@ def corpus(config, workdir: Path) -> Corpus:
         raise ValueError(
             f"config.data.superbpe.count={options.count!r}: allowed are memory, disk, beam"
         )
-    rules = _rules(options)
     found = {}
-    for patterns in dict.fromkeys(((S1,), rules.train)):
-        out = workdir / "counts" / f"{_hash(patterns, options.inputs, data.path)}.tsv"
+    for patterns in dict.fromkeys(((S1,), _rules(options).train)):
+        out = workdir / "counts" / f"{_hash(patterns, reading.stamp(data))}.tsv"
         if options.count == "beam":
-            if options.held_out:
-                raise ValueError(
-                    "config.data.superbpe.count='beam' counts whole files: set held_out=0.0"
-                )
-            parts = sorted(out.parent.glob(f"{out.name}-*.tsv"))
-            found[patterns] = parts or counting.count_with_beam(
-                reading.input_files(data), patterns, out, options.beam
-            )
+            found[patterns] = _beam(data, patterns, out)
         else:
             if not out.exists():
-                texts = (text for _, text in documents(False))
-                counting.count(texts, patterns, out, options.count_memory_mb)
+                counting.count(_told(documents(False)), patterns, out, options.count_memory_mb)
             found[patterns] = [out]
     sizes = [(p.name, p.stat().st_size) for parts in found.values() for p in parts]
     measured = held or reading.sample(documents(False), limits[1], config.seed)
     return Corpus([], measured, _name(held), found, _hash(sizes))
+
+
+def _told(documents: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """The texts, telling how much was read."""
+    bar, read = Bar("counting", "characters"), 0
+    for _, text in documents:
+        yield text
+        read += len(text)
+        bar.tell(read, 0)
+
+
+def _beam(data, patterns: tuple[str, ...], out: Path) -> list[Path]:
+    """Count files of a Beam pipeline, complete or made anew."""
+    options, done = data.superbpe, out.with_suffix(".done")
+    if options.held_out:
+        raise ValueError("config.data.superbpe.count='beam' counts whole files: set held_out=0.0")
+    if not done.exists():
+        files = reading.input_files(data)
+        parts = counting.count_with_beam(files, patterns, out, options.beam)
+        _atomic(done, json.dumps([part.name for part in parts]))
+    return [out.parent / name for name in json.loads(done.read_text())]
 
 
 def _name(held: list) -> str:
@@ -239,6 +251,10 @@ def run(config, workdir) -> dict:
     workdir.mkdir(parents=True, exist_ok=True)
     rules, begun = _rules(options), _start(options)
     found = corpus(config, workdir)
+    key = _hash(found.key, size, sorted(options.to_dict().items()), begun and begun[0])
+    if told := _kept(workdir / "report.json", key):
+        print(f"finished before: {workdir / 'tokenizer.json'}, report.md beside it", flush=True)
+        return told
     if begun:
         (loaded, reference), normalizer = begun, begun[0].normalizer
         source = loaded.bpe
@@ -271,7 +287,8 @@ def run(config, workdir) -> dict:
         _atomic(workdir / "bpe.json", plain.to_str())
     write_merges(workdir / "merges.txt", bpe.merges)
     _atomic(workdir / "vocab.json", json.dumps(dict(bpe.vocab), ensure_ascii=False, indent=0))
-    told = _report(_inner(bpe, cut, normalizer), bpe, cut, reference, facts, found)
+    told = {"key": key, "t": facts["t"]}
+    told |= _report(_inner(bpe, cut, normalizer), bpe, cut, reference, facts, found)
     report.write(workdir, told, bpe, f"SuperBPE, {workdir.name}")
     print((workdir / "report.md").read_text("utf-8"), flush=True)
     return told
@@ -289,7 +306,6 @@ def _report(
     sizes = [s for s in SIZES if s < size] + [size]
     old = reference.bpe, reference.patterns
     return {
-        "t": facts["t"],
         "inherited": facts["inherited"],
         "skipped": facts["skipped"],
         "measured_on": found.measured_on,
