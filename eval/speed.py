@@ -2,7 +2,8 @@
 
 Decoding is measured on one row behind a prompt that fills config.evaluation.contexts tokens but for
 the STEPS that are timed: bytes of the state, median milliseconds a token on this machine, and
-bytes that the compiled step reads and writes, which do not depend on the machine's load.
+bytes that the compiled step reads and writes in all its layers (training/hlo.py), which do not
+depend on the machine's load.
 """
 
 import functools
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval import common
+from training import hlo
 
 STEPS, WARM = 32, 4
 
@@ -41,7 +43,7 @@ def decoding(predict, params, context: int, vocabulary: int) -> dict[str, float]
     return {
         f"state_bytes_{context}": float(state_bytes(state)),
         f"step_ms_{context}": 1e3 * float(np.median(times[WARM:])),
-        f"step_bytes_{context}": float(step.cost_analysis()["bytes accessed"]),
+        f"step_bytes_{context}": hlo.analyse(step.as_text(), 1).moved,
     }
 
 

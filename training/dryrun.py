@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training import topology as topologies
+from training.dryrun_table import advice, table
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = (
     "params", "topology", "devices", "argument_bytes", "temp_bytes", "total_bytes", "hbm_bytes",
     "fits", "flops_per_step", "estimated_step_seconds", "estimated_mfu", "compile_seconds",
+    "moved_bytes", "sampler",
 )  # fmt: skip
 
 
@@ -82,16 +84,10 @@ def measure(config, name: str) -> dict[str, Any]:
     import jax
 
     from training import flops
-    from training.setup import check
-    from training.sharding import make_mesh, scope
+    from training.sharding import scope
     from training.state import count
 
-    if config.task != "train":
-        raise ValueError(f"config.task={config.task!r}: --mode=dryrun compiles the task 'train'")
-    check(config)
-    topology = topologies.parse(name)
-    config = _with_vocabulary(config)
-    mesh = make_mesh(config.mesh, topologies.devices(topology))
+    config, topology, mesh = _prepare(config, name)
     built = _build(config, mesh)
     model_flops = _model_flops(config, mesh)
     with scope(mesh):
@@ -118,12 +114,39 @@ def measure(config, name: str) -> dict[str, Any]:
     return result
 
 
+def sampler(config, name: str) -> dict[str, Any] | None:
+    """The sampling step alone, as `measure` gives it."""
+    from training.sharding import scope
+
+    config, topology, mesh = _prepare(config, name)
+    built = _build(config, mesh)
+    with scope(mesh):
+        return _sampler(config, built, topology)
+
+
+def _prepare(config, name: str) -> tuple:
+    """(config, topology, mesh) once the config has been checked."""
+    from training.setup import check
+    from training.sharding import make_mesh
+
+    if config.task != "train":
+        raise ValueError(f"config.task={config.task!r}: --mode=dryrun compiles the task 'train'")
+    check(config)
+    topology = topologies.parse(name)
+    config = _with_vocabulary(config)
+    return config, topology, make_mesh(config.mesh, topologies.devices(topology))
+
+
 def _speed(compiled, executed: int, result: dict, topology, accumulate: int) -> dict[str, Any]:
-    """Collectives and the estimate of a compiled step; empty for one that does not compile."""
+    """Collectives, bytes and the estimate of a compiled step; empty for one that does not compile.
+
+    moved_bytes: what one device reads and writes of its memory in a step (hlo.Program.moved).
+    """
     from training import flops, hlo
 
     if compiled is None:
-        return dict(collectives={}, estimated_step_seconds=None, estimated_mfu=None)
+        nothing = dict.fromkeys(("estimated_step_seconds", "estimated_mfu", "moved_bytes"))
+        return dict(collectives={}, **nothing)
     program = hlo.analyse(compiled.as_text(), topology.count)
     parts = estimate(program, executed, result, topology, accumulate)
     peak, seconds = topology.chip.peak, parts["seconds"]
@@ -131,6 +154,7 @@ def _speed(compiled, executed: int, result: dict, topology, accumulate: int) -> 
         collectives=hlo.summarise(program.collectives),
         estimated_step_seconds=seconds,
         estimated_mfu=flops.mfu(result["flops_per_step"], seconds, topology.count, peak),
+        moved_bytes=program.moved,
         parts=parts,
     )
 
@@ -265,7 +289,8 @@ SAMPLER_STEPS = ("image_token_step", "decode_step")
 
 
 def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
-    """Memory and estimated time of one sampling step, where the model has one to export.
+    """Memory, bytes and estimated time of one sampling step, where the model has one to export:
+    of a device, but for the weights and the state that is carried along, which are whole.
 
     Its matrices are in the type that they are multiplied in, as when sampling.
     """
@@ -283,97 +308,21 @@ def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
     if "rounded" in built.model.predict:
         rounded = jax.eval_shape(built.model.predict["rounded"], params)
         params = jax.tree.map(lambda x, p: x.update(sharding=p.sharding), rounded, params)
+    state = {key: x for key, x in inputs.items() if key != "token"}
+    weights, held = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, state)
+    )
+    result = dict(name=name, rows=rows, weight_bytes=weights, state_bytes=held)
     traced = jax.jit(found[name].call, donate_argnums=1).trace(params, inputs)
     compiled, _ = _compile(traced, topology)
     if compiled is None:
-        return dict(name=name, rows=rows, total_bytes=None, seconds=None)
+        return result | dict(total_bytes=None, moved_bytes=None, seconds=None)
     memory = _memory(compiled, 0, "", topology.chip)
     program = hlo.analyse(compiled.as_text(), topology.count)
     executed = flops.jaxpr_flops(traced.jaxpr.jaxpr) * topology.count  # every device does it all
     seconds = estimate(program, executed, memory, topology, 1)["seconds"]
-    return dict(name=name, rows=rows, total_bytes=memory["total_bytes"], seconds=seconds)
-
-
-def advice(config, mesh: dict[str, int], result: dict) -> list[str]:
-    """Config keys that would make the step smaller, most promising first, with what each saves."""
-    lines, devices = [], result["devices"]
-    spread = mesh["fsdp"] * mesh["tensor"]
-    state, temporaries = result["argument_bytes"] - result["batch_bytes"], result["temp_bytes"]
-    if spread < devices:
-        lines.append(
-            f"mesh.fsdp (now {mesh['fsdp']}): the state takes {gib(state)} a device; split "
-            f"over all {devices} devices (mesh.data=1, mesh.fsdp=-1) up to {devices // spread} "
-            "times less"
-        )
-    if mesh["tensor"] == 1:
-        lines.append("mesh.tensor (now 1): splits the widest activations and the logits as well")
-    if config.remat != "full":
-        lines.append(f"remat (now {config.remat!r}): 'full' keeps one activation a layer")
-    rows = max(config.batch_size // devices, 1)
-    if temporaries and rows > config.accumulate:
-        lines.append(
-            f"accumulate (now {config.accumulate}): temporaries of {gib(temporaries)} shrink "
-            f"almost in proportion; up to {rows} divides the {rows} rows of a device"
-        )
-    if config.precision == "float32":
-        lines.append("precision (now 'float32'): 'bfloat16' halves the activations")
-    if rows > 1:
-        lines.append(f"batch_size (now {config.batch_size}): {rows} rows a device")
-    return lines
-
-
-def gib(size: float) -> str:
-    """Bytes for people: GiB from a tenth up, MiB below."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
-
-
-def table(result: dict) -> str:
-    """What the user reads."""
-    room = result["hbm_bytes"] - result["total_bytes"]
-    temporaries = result["temp_bytes"]
-    verdict = f"fits, {gib(room)} to spare" if result["fits"] else f"does NOT fit, by {gib(-room)}"
-    rows = [
-        ("topology", f"{result['topology']} ({result['devices']} devices)"),
-        ("parameters", f"{result['params']:,}"),
-        ("arguments per device", gib(result["argument_bytes"])),
-        ("temporaries per device", gib(temporaries) if temporaries else "unknown: not compiled"),
-        ("total per device", gib(result["total_bytes"])),
-        ("HBM per device", gib(result["hbm_bytes"])),
-        ("verdict", verdict),
-        ("model FLOPs per step", f"{result['flops_per_step']:.4g}"),
-        ("compile time", f"{result['compile_seconds']:.1f} s"),
-    ]
-    for kind, (times, moved) in result["collectives"].items():
-        rows.append((kind, f"{times} per step, each device sends {gib(moved)}"))
-    if result["estimated_step_seconds"] is not None:
-        parts = result["parts"]
-        rows += [
-            ("step time (estimate)", f"{result['estimated_step_seconds']:.4g} s"),
-            (
-                "  of it (estimate)",
-                f"compute {parts['compute']:.4g} s, collectives {parts['hidden']:.4g} s hidden "
-                f"behind it, {parts['exposed']:.4g} s not",
-            ),
-            ("MFU (estimate)", f"{100 * result['estimated_mfu']:.1f} %"),
-        ]
-    if sampler := result["sampler"]:
-        rows.append((f"sampler: {sampler['name']}", _sampler_text(sampler)))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    if not result["fits"]:
-        what = f"The step needs {gib(-room)} more than a device has"
-        lines.append(f"{what}{'' if temporaries else ', or more'}. Config keys that change that:")
-        lines += [f"  {line}" for line in result["advice"]]
-    return "\n".join(lines)
-
-
-def _sampler_text(sampler: dict) -> str:
-    if sampler["seconds"] is None:
-        return "does NOT fit"
-    rows = "one row" if sampler["rows"] == 1 else f"{sampler['rows']} rows"
-    return (
-        f"{rows}, {gib(sampler['total_bytes'])} per device, {sampler['seconds']:.3g} s (estimate)"
-    )
+    total = memory["total_bytes"]
+    return result | dict(total_bytes=total, moved_bytes=program.moved, seconds=seconds)
 
 
 if __name__ == "__main__":

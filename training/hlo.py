@@ -4,6 +4,8 @@ XLA's cost analysis counts the body of a loop once. Here every computation is we
 it runs: loops by their trip count, which scans keep in the program.
 """
 
+import functools
+import math
 import re
 from collections import defaultdict
 from typing import NamedTuple
@@ -17,13 +19,34 @@ _CALLS = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computation)=%?([\w
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+# Instructions that move nothing themselves.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "opt-barrier", "partition-id", "replica-id", "add-dependency",
+}  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written over the first
+
+
 class Instruction(NamedTuple):
-    """One line: %name = shape opcode(...) rest."""
+    """One line: %name = shape opcode(operands), rest; rest begins with the operands."""
 
     name: str
     shape: str
     opcode: str
     rest: str
+    root: bool = False
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions it takes."""
+        depth, end = 1, 0
+        for end, letter in enumerate(self.rest):  # noqa: B007
+            depth += (letter == "(") - (letter == ")")
+            if depth == 0:
+                break
+        return re.findall(r"%([\w.\-]+)", self.rest[:end])
 
 
 class Collective(NamedTuple):
@@ -49,11 +72,20 @@ class Kernel(NamedTuple):
 
 
 class Program(NamedTuple):
-    """cycles: the compiler's own estimate over all fusions (TPU; 0 elsewhere), loops unrolled."""
+    """cycles: the compiler's own estimate over all fusions (TPU; 0 elsewhere), loops unrolled.
+
+    accessed: bytes that fusions, kernels and copies of one run read and write, in XLA's way of
+    counting ("bytes accessed") but with every turn of a loop: an array that two fusions read counts
+    twice, of a slice only the slice, of an update in place what is new. Sizes are without the
+    padding of tiles; all branches of a conditional count. moved: those of them in the device's main
+    memory, without what the TPU compiler keeps on the chip.
+    """
 
     collectives: list[Collective]
     cycles: float
     kernels: list[Kernel]
+    accessed: float
+    moved: float
 
 
 def analyse(text: str, devices: int) -> Program:
@@ -82,7 +114,8 @@ def analyse(text: str, devices: int) -> Program:
             before = collectives.get(key)
             if before is None or found.times > before.times:
                 collectives[key] = found
-    return Program(list(collectives.values()), cycles, kernels)
+    accessed, moved = _traffic(computations, entry, times)
+    return Program(list(collectives.values()), cycles, kernels, accessed, moved)
 
 
 def summarise(collectives: list[Collective]) -> dict[str, tuple[int, int]]:
@@ -109,7 +142,7 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _instruction(line: str) -> Instruction | None:
-    match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+    match = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
     if not match:
         return None
     rest = line[match.end() :]
@@ -122,7 +155,7 @@ def _instruction(line: str) -> Instruction | None:
                 break
         end += 1
     opcode, _, tail = rest[end:].strip().partition("(")
-    return Instruction(match[1], rest[:end], opcode, tail)
+    return Instruction(match[2], rest[:end], opcode, tail, bool(match[1]))
 
 
 def _times(computations: dict[str, list[Instruction]], entry: str) -> dict[str, float]:
@@ -167,7 +200,7 @@ def _collective(where: str, instruction: Instruction, times: float, devices: int
     # Asynchronous gathers and permutes carry (operands, results, ...).
     if started and kind in ("all-gather", "collective-permute") and len(shapes) > 1:
         shapes = shapes[1:2]
-    size = sum(map(_shape_bytes, shapes))
+    size = sum(map(shape_bytes, shapes))
     group, spread = _group(instruction.rest, devices)
     if where.startswith("all-reduce-scatter"):  # the TPU compiler's form of a reduce-scatter
         kind, size = "reduce-scatter", size / group
@@ -195,15 +228,23 @@ def _tuple(shape: str) -> list[str]:
     return members
 
 
-def _shape_bytes(shape: str) -> float:
+def shape_bytes(shape: str, everywhere: bool = True) -> float:
+    """Of all its arrays, or of those in the main memory: S(1), S(2), ... in a layout are others."""
     total = 0.0
-    for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
+    for dtype, dims, layout in _ARRAY.findall(shape):
         bits = re.match(r"[a-z]+(\d+)", dtype)  # bf16, f8e4m3fn, s32, ...
         size = _BYTES.get(dtype, int(bits[1]) / 8 if bits else 4)
-        for n in filter(None, dims.split(",")):
-            size *= int(n)
-        total += size
+        if everywhere or "S(" not in layout:
+            total += size * _count(dims)
     return total
+
+
+def _count(dims: str) -> int:
+    return math.prod(int(n) for n in dims.split(",") if n)
+
+
+def _elements(shape: str) -> int:
+    return sum(_count(dims) for _, dims, _ in _ARRAY.findall(shape))
 
 
 def _group(rest: str, devices: int) -> tuple[int, int]:
@@ -233,3 +274,99 @@ def _estimate(rest: str) -> tuple[float, float]:
     """(FLOPs, bytes) of a custom kernel's cost_estimate."""
     values = [re.search(rf'"{key}":"?(\d+)', rest) for key in ("flops", "bytes_accessed")]
     return tuple(float(v[1]) if v else 0.0 for v in values)
+
+
+def _traffic(computations, entry: str, times) -> tuple[float, float]:
+    """(accessed, moved) of a Program."""
+    shapes = {i.name: i.shape for body in computations.values() for i in body}
+    fused = functools.cache(lambda name: _shares(computations[name], shapes, fused))
+    total = [0.0, 0.0]
+    for name in _unfused(computations, entry):
+        for instruction in computations[name]:
+            for n, amount in enumerate(_moves(instruction, shapes, fused)):
+                total[n] += times[name] * amount
+    return tuple(total)
+
+
+def _unfused(computations, entry: str) -> set[str]:
+    """Computations whose instructions each go through memory: entry, loops, branches, calls."""
+    found, pending = set(), [entry] if entry else []
+    while pending:
+        name = pending.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for i in computations[name]:
+            if i.opcode in ("while", "conditional", "call"):
+                callees = _CALLS.findall(i.rest)
+                for group in _BRANCHES.findall(i.rest):
+                    callees += re.findall(r"[\w.\-]+", group)
+                pending += [callee for callee in callees if callee in computations]
+    return found
+
+
+def _moves(instruction: Instruction, shapes, fused) -> tuple[float, float]:
+    """(bytes read and written, those of them in the main memory) by one unfused instruction."""
+    opcode, rest = instruction.opcode, instruction.rest
+    allocates = 'custom_call_target="AllocateBuffer"' in rest
+    if opcode in _FREE or opcode.endswith("-done") or allocates:
+        return 0.0, 0.0
+    if opcode == "custom-call" and "cost_estimate" in rest:
+        return (_estimate(rest)[1],) * 2
+    result = instruction.shape
+    if opcode.endswith("-start") and opcode != "all-reduce-start":
+        members = _tuple(result)  # (operands, result, ...), but copies: (result, operand, ...)
+        result = members[min(opcode != "copy-start", len(members) - 1)]
+    reads, written = _parts(instruction, 1.0, shapes, fused)
+    inputs = list(zip((shapes.get(name, "") for name in instruction.operands), reads))
+    outputs = list(zip(_tuple(result), written)) if len(written) > 1 else [(result, written[0])]
+    both = inputs + outputs
+    return tuple(sum(shape_bytes(x, where) * part for x, part in both) for where in (True, False))
+
+
+def _parts(user: Instruction, need: float, shapes, fused) -> tuple[list[float], list[float]]:
+    """(share of each operand that is read, share of each result that is written) by an instruction
+    of whose result `need` is used."""
+    opcode, names = user.opcode, user.operands
+    called = re.search(r"\bcalls=%?([\w.\-]+)", user.rest)
+    if called and opcode.removesuffix("-start") in ("fusion", "async"):
+        reads, written = fused(called[1])
+        return [reads.get(n, 0.0) * bool(need) for n in range(len(names))], written
+    own, sizes = _elements(user.shape), [_elements(shapes.get(name, "")) for name in names]
+    reads = [need if size == own else float(need > 0) for size in sizes]
+    base, written = opcode.removesuffix("-start"), 1.0
+    if base in _SLICES and sizes:
+        own = own if base == opcode else _elements(_tuple(user.shape)[1])
+        reads[0] = need * min(own / max(sizes[0], 1), 1.0)
+    elif opcode in _IN_PLACE and len(sizes) > _IN_PLACE[opcode]:
+        reads[0], written = 0.0, sizes[_IN_PLACE[opcode]] / max(own, 1)
+    if aliases := re.search(r"\boutput_to_operand_aliasing=\{(.*?)\}(?:, [a-z]|$)", user.rest):
+        for operand in re.findall(r"\((\d+), \{", aliases[1]):
+            reads[int(operand)] = 0.0  # counts as a result
+    return reads, [written]
+
+
+def _shares(body: list[Instruction], shapes, fused) -> tuple[dict[int, float], list[float]]:
+    """({parameter: share of it that a fusion reads}, share of each result that it writes)."""
+    by_name = {i.name: i for i in body}
+    root = next(i for i in body if i.root)
+    needs: dict[str, float] = defaultdict(float, {root.name: 1.0})
+    results = [by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    in_place, written = set(), []
+    for result in results:
+        while result.opcode == "bitcast" and result.operands[0] in by_name:
+            result = by_name[result.operands[0]]
+        in_place.add(result.name)
+        written += _parts(result, 1.0, shapes, fused)[1] if result.opcode != "tuple" else [1.0]
+    reads = {}
+    for i in reversed(body):
+        need = min(needs[i.name], 1.0)
+        if i.opcode == "parameter":
+            reads[int(i.rest.partition(")")[0])] = need
+            continue
+        parts, _ = _parts(i, need, shapes, fused)
+        if i.opcode in _IN_PLACE and i.name not in in_place:
+            parts[0] = need  # what is kept is read
+        for name, part in zip(i.operands, parts):
+            needs[name] += part
+    return reads, written

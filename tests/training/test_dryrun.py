@@ -204,7 +204,10 @@ def test_a_small_model_on_a_tpu_slice(monkeypatch):
     gathered = 2 * LAYERS * 2 * WIDTH * MLP * 3 / 4  # bf16 weights of every layer, once
     assert times >= 2 * LAYERS and moved >= gathered
     assert 0 < result["estimated_mfu"] < 1
-    assert "fits" in dryrun.table(result) and "all-gather" in dryrun.table(result)
+    # Weights are read forward and backward, moments read and written.
+    assert result["moved_bytes"] > 2 * state
+    text = dryrun.table(result)
+    assert "fits" in text and "all-gather" in text and "memory traffic per device" in text
 
 
 @CUDA
@@ -231,6 +234,18 @@ def test_what_does_not_fit_names_the_keys(monkeypatch):
     for key in ("mesh.fsdp", "mesh.tensor", "remat", "accumulate", "precision", "batch_size"):
         assert f"  {key} (now" in text
     assert "does NOT fit, by" in text and "GiB more than a device has" in text
+
+
+@TPU
+@UNCACHED
+@pytest.mark.aot
+def test_a_decoding_step_and_its_bytes():
+    """Caches are read once a step and layer, whatever XLA counts of the scan over layers."""
+    changes = {"data.length": 1024, "batch_size": 1, "sample.rows": 8}
+    found = dryrun.sampler(load_config("configs/llama.py:debug", **changes), "v5e:1x1")
+    assert found["name"] == "decode_step" and found["rows"] == 8
+    assert found["state_bytes"] < found["moved_bytes"] < 3 * found["state_bytes"]
+    assert found["weight_bytes"] + found["state_bytes"] < found["total_bytes"]
 
 
 @TPU
