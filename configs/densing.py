@@ -71,12 +71,12 @@ def get_config(arg=""):
     config = ladder.get_config(a.variant)
     seeds = (0,) if a.variant == "debug" else (0, 1, 2)
     more = (("xlstm", 0.25),) if seeds == (0,) else [(f, m) for f in NODES for m in MULTIPLIERS]
-    end = ",steps=5" if a.variant == "debug" else ""
+    end, few = (",steps=5", ladder.DEBUG) if a.variant == "debug" else ("", ())
     config.runs += tuple(
         (
             f"{family}-{m:g}xC/seed{seed}",
             f"configs/densing.py:{family},multiplier={m}{end}",
-            (f"seed={seed}",),
+            (f"seed={seed}", *few),
         )
         for seed in seeds
         for family, m in more

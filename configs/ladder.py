@@ -60,6 +60,7 @@ OWN = tuple(  # name, columns of the loss and of the score with their weights, s
         0.0,
     ),
 )
+DEBUG = ("evaluation.windows=16", "evaluation.ranked.count=16")
 VARIANTS = ("debug", "fit", "paper", *PUBLISHED, *TARGETS, *TINY)
 
 
@@ -86,7 +87,7 @@ def get_config(arg=""):
     if a.variant == "debug":
         names = [(s, m) for s in ("31k", "49k") for m in MULTIPLIERS] + [("72k", 0.25)]
         config = _runs(names, (0,), fit_options(OWN, **_smoothing(True)))
-        config.runs = tuple((n, f"{spec},steps=5", more) for n, spec, more in config.runs)
+        config.runs = tuple((n, f"{spec},steps=5", (*o, *DEBUG)) for n, spec, o in config.runs)
         return config
     names = [(size, m) for size in TINY for m in MULTIPLIERS]
     return _runs(names, (0, 1, 2), fit_options(OWN, **_smoothing(True)))

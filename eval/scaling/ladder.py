@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.scaling import intervals, ladder_data, ladder_laws, ladder_report
+from eval.scaling import fitting, intervals, ladder_data, ladder_laws, ladder_report
 from eval.scaling.fitting import Fit
 from eval.scaling.ladder_data import Run, Task
 from eval.scaling.ladder_laws import evaluate, flops_law, loss_law, score_law, single_law
@@ -40,6 +40,7 @@ class Laws(NamedTuple):
     score: Fit
     flops: Fit
     single: Fit | None
+    start: np.ndarray  # of step 1 in refits
 
 
 class Target(NamedTuple):
@@ -69,7 +70,12 @@ def fit(task: Task, data: Data, single: bool = True) -> Laws:
     score = ladder_laws.fit_score(data.losses, data.scores, task.chance)
     flops = ladder_laws.fit_flops(data.c, data.loss)
     one = ladder_laws.fit_single(data.n, data.d, data.score, task.chance) if single else None
-    return Laws(task, data, loss, score, flops, one)
+    # The published start where it leads to the best minimum, as in the published intervals.
+    start = np.array(ladder_laws.PUBLISHED_START)
+    alone = ladder_laws.fit_loss(data.n, data.d, data.loss, starts=start)
+    if alone.cost > loss.cost * (1 + fitting.SAME_COST):
+        start = loss.theta
+    return Laws(task, data, loss, score, flops, one, start)
 
 
 def predict(laws: Laws, target: Target) -> dict[str, float]:
@@ -93,7 +99,7 @@ def refit_without(laws: Laws, kept: np.ndarray) -> tuple[Fit, Fit]:
     """Both steps on some of the runs."""
     data = laws.data
     weights = np.isin(np.arange(len(data.n)), kept).astype(float)
-    loss = ladder_laws.fit_loss(data.n, data.d, data.loss, weights)
+    loss = ladder_laws.fit_loss(data.n, data.d, data.loss, weights, laws.start)
     of = weights[data.run_of]
     return loss, ladder_laws.fit_score(data.losses, data.scores, laws.task.chance, of)
 
