@@ -125,6 +125,7 @@ def get_config(arg=""):
             fit=PUBLISHED_FIT,
             recipes=("published", "converged"),
             use="published",
+            bootstrap=20,  # each is the whole recipe
         )
     if a.variant == "debug":
         return trainings((0,), DEBUG, SHORT, ("fit.bootstrap=5", "fit.optimise.updates=500"))

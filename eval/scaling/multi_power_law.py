@@ -127,8 +127,9 @@ def _multi_power_row(recipe: str, fitted, options) -> Row:
     if recipe != "published":
         raise ValueError(f"config.fit.recipes={recipe!r}: allowed are {', '.join(RECIPES)}")
     chosen = chosen._replace(form="code")  # the recipe has no other
-    found = replay.replay(fitted, merge=8)
-    objective = laws.objective(laws.MULTI_POWER, found.theta, fitted, chosen._replace(merge=8))
+    merge = max(1, max(len(o.schedule.lrs) for o in fitted) // 3000)  # 8 of the paper's 24,000
+    found = replay.replay(fitted, merge=merge)
+    objective = laws.objective(laws.MULTI_POWER, found.theta, fitted, chosen._replace(merge=merge))
     label = "multi-power, published recipe"
     notes = (f"stopped after {found.stopped} steps, which is its regularisation; not converged",)
     return Row(label, laws.MULTI_POWER, chosen, found.theta, objective, notes, found.stopped)
@@ -174,7 +175,10 @@ def error_bars(row: Row, fitted, schedules, *, draws: int, over: str, seed: int)
 
 
 def _refit(row: Row, observed, weights) -> np.ndarray:
-    """The row's law again from where it ended, drops merged as in its first stage."""
+    """The row's law again by its recipe, from where it ended, drops merged coarsely."""
+    if row.stopped is not None:
+        longest = max(len(o.schedule.lrs) for o in observed)
+        return replay.replay(observed, weights=weights, merge=max(1, longest // 100)).theta
     start = np.maximum(row.theta, 1e-9)
     return laws.fit(
         row.law, observed, row.options, starts=start, weights=weights, coarse=100, fine=100

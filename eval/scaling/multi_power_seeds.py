@@ -1,7 +1,7 @@
 """Report of configs/multi_power_law.py: predictions and schedules over seeds.
 
 Reads, for every seed of config.runs, the fit's report and the runs' last held-out losses. Leaves
-report.md, report.json and report.png in the workdir.
+report.md, report.json, report.png and the curves behind them (curves.json) in the workdir.
 """
 
 import json
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.run import write_json
 from eval.scaling import report
-from eval.scaling.curves import evaluations
+from eval.scaling.curves import evaluations, read_curve
 
 LOSS = "losses/held_out_loss"
 FIT, BEST, RIVALS = "law", "optimised", ("cosine", "wsd")
@@ -63,6 +64,21 @@ def summary(seeds: dict[str, dict]) -> dict:
         },
     }
     return dict(chosen=chosen, seeds=rows, claims=claims)
+
+
+def logs(workdir: Path, names) -> dict[str, dict]:
+    """{seed: {run: held-out losses and rates as logged}}."""
+    found: dict[str, dict] = {}
+    for name in names:
+        seed, _, run = name.partition("/")
+        if run != FIT:
+            loss = read_curve(workdir / name, y=f"eval/{LOSS}")
+            rate = read_curve(workdir / name, y="train/lr")
+            found.setdefault(seed, {})[run] = dict(
+                step=loss.steps.astype(int).tolist(), loss=loss.values.tolist(),
+                rate_step=rate.steps.astype(int).tolist(), rate=rate.values.tolist(),
+            )  # fmt: skip
+    return found
 
 
 def _spread(values) -> str:
@@ -123,6 +139,7 @@ def build(config):
         found = summary(collect(Path(workdir), names))
         report.write(workdir, "Multi-power law on tiny runs", _sections(found), found)
         _draw(Path(workdir) / "report.png", found)
+        write_json(Path(workdir) / "curves.json", logs(Path(workdir), names))
         return {
             claim.replace(" ", "_"): float(np.mean(held)) for claim, held in found["claims"].items()
         }

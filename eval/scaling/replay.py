@@ -31,7 +31,7 @@ class Replay(NamedTuple):
     start: np.ndarray  # [4] the crude law's L0, A, alpha, B
 
 
-def crude_start(observed: Sequence[laws.Observed]) -> np.ndarray:
+def crude_start(observed: Sequence[laws.Observed], weights=None) -> np.ndarray:
     """(L0, A, alpha, B) of the least Huber sum of L0 + A S1^-alpha - B (peak - lr).
 
     The authors search a grid of 135 starts with differences for gradients; where it ends is this
@@ -41,6 +41,7 @@ def crude_start(observed: Sequence[laws.Observed]) -> np.ndarray:
     total = np.concatenate([np.cumsum(o.schedule.lrs)[o.index] for o in observed])
     below = peak - np.concatenate([o.schedule.lrs[o.index] for o in observed])
     losses = np.concatenate([o.losses for o in observed])
+    each = np.repeat(weights or [1.0] * len(observed), [len(o.losses) for o in observed])
     line = linregress(np.log(total), np.log(losses - losses.min() + 0.01))
     starts = fitting.grid(
         (losses.min() - 0.1, losses.min() - 0.3),
@@ -48,23 +49,23 @@ def crude_start(observed: Sequence[laws.Observed]) -> np.ndarray:
         (-line.slope,),
         (0.03, 0.3),  # loss for a whole drop of the rate; B is 100 to 1000 at the paper's 3e-4
     )
-    args = (total, below / peak, np.log(losses))
+    args = (total, below / peak, np.log(losses), each)
     theta = fitting.minimise(_crude, starts, args=args, bounds=[(0, None)] * 4).theta
     return theta / np.array([1, 1, 1, peak])
 
 
-def _crude(theta, total, below, log_losses):
+def _crude(theta, total, below, log_losses, weights):
     floor, scale, alpha, drop = theta
     predicted = jnp.maximum(floor + scale * total**-alpha - drop * below, 1e-10)
-    return fitting.huber(jnp.log(predicted) - log_losses, laws.HUBER_DELTA).sum()
+    return (weights * fitting.huber(jnp.log(predicted) - log_losses, laws.HUBER_DELTA)).sum()
 
 
 def replay(
-    observed: Sequence[laws.Observed], *, start=None, merge: int = 1, steps: int = STEPS
+    observed: Sequence[laws.Observed], *, weights=None, merge: int = 1, steps: int = STEPS
 ) -> Replay:
-    """The whole recipe on these curves; start skips the crude law, merge as in laws.Options."""
-    crude = np.asarray(crude_start(observed) if start is None else start, np.float64)
-    args = laws.objective_args(laws.MULTI_POWER, observed, laws.Options(merge=merge))
+    """The whole recipe on these curves; weights as in laws.fit, merge as in laws.Options."""
+    crude = crude_start(observed, weights)
+    args = laws.objective_args(laws.MULTI_POWER, observed, laws.Options(merge=merge), weights)
     with fitting.float64():
         step, state = _step(), None
         theta = jnp.concatenate([jnp.asarray(crude), jnp.asarray([1.0, 0.5, 0.5])])
