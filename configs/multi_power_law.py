@@ -68,12 +68,7 @@ UNSEEN = {
         "schedule.factors=(0.1,)",
     ),
 }
-DEBUG = ("steps=60", "eval_every=3", "log_every=3", "schedule.warmup=6", "data.text=docs")
-SHORT = {  # boundaries and decays of :debug
-    "two_stage": ("schedule.boundaries=(30,)",),
-    "wsd": ("schedule.decay=15",),
-    "late_stage": ("schedule.boundaries=(40,)",),
-}
+DEBUG = ("steps=48", "eval_every=4", "log_every=4", "schedule.warmup=6", "data.text=docs")
 PUBLIC = Path(os.environ.get("UNIFLUD_DATA", ROOT.parent / "shared" / "data"))
 PUBLISHED_FIT = ("cosine_24000", "constant_24000", "wsdcon_9")
 
@@ -128,8 +123,10 @@ def get_config(arg=""):
             bootstrap=20,  # each is the whole recipe
         )
     if a.variant == "debug":
-        return trainings((0,), DEBUG, SHORT, ("fit.bootstrap=5", "fit.optimise.updates=500"))
-    return trainings(SEEDS)
+        wsd = {"wsd": ("schedule.name=wsd", "schedule.decay=12")}
+        two = {name: FITTED[name] for name in ("constant", "cosine")}
+        return trainings((0,), two, wsd, DEBUG, ("fit.bootstrap=3", "fit.optimise.updates=500"))
+    return trainings(SEEDS, FITTED, UNSEEN)
 
 
 def fit_only(**overrides):
@@ -139,32 +136,26 @@ def fit_only(**overrides):
     return config
 
 
-def trainings(seeds, extra=(), changed=None, fit=()):
-    """Task runs: for every seed five schedules, the fit, the optimised schedule; then a report."""
-    runs, groups = [], FITTED | UNSEEN
+def trainings(seeds, fitted, unseen, extra=(), fit=()):
+    """Task runs: for every seed each schedule, the fit, the optimised schedule; then a report."""
+    runs = []
     for seed in seeds:
         tiny = (*TINY, *extra, f"seed={seed}")
-        runs += [
-            (
-                f"seed{seed}/{name}",
-                "configs/llama.py",
-                (*tiny, *over, *(changed or {}).get(name, ())),
-            )
-            for name, over in groups.items()
-        ]
+        for name, overrides in (fitted | unseen).items():
+            runs.append((f"seed{seed}/{name}", "configs/llama.py", (*tiny, *overrides)))
+        curves = ",".join(f"{{workdir}}/seed{seed}/{name}" for name in fitted | unseen)
         law = (
-            "fit.curves=" + ",".join(f"{{workdir}}/seed{seed}/{name}" for name in groups),
+            f"fit.curves={curves}",
             "fit.key=eval/losses/held_out_loss",
-            f"fit.fit={tuple(FITTED)}",
+            f"fit.fit={tuple(fitted)}",
             "fit.recipes=('converged',)",
             f"seed={seed}",
             *fit,
         )
         runs.append((f"seed{seed}/law", "configs/multi_power_law.py:files", law))
         best = (
-            *tiny,
             "schedule.name=from_file",
             f"schedule.path={{workdir}}/seed{seed}/law/schedule.csv",
         )
-        runs.append((f"seed{seed}/optimised", "configs/llama.py", best))
+        runs.append((f"seed{seed}/optimised", "configs/llama.py", (*tiny, *best)))
     return common.base(task="runs", runs=tuple(runs), report="multi_power_seeds")

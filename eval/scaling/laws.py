@@ -104,11 +104,10 @@ def _multi_power_starts(observed, options):
     peak = max(o.schedule.peak for o in observed)
     rows = []
     for floor, scale, alpha in _power_starts(observed):
-        moved = 0.05 * (min(o.losses.min() for o in observed))
-        for drop in (moved / peak, 4 * moved / peak):
-            for steps in (10.0, 100.0):
-                speed = 1 / (peak**0.5 * steps)  # C lr^-gamma (lr steps) = 1 at gamma 1/2
-                rows.append((floor, scale, alpha, drop, speed, max(options.least_beta, 0.5), 0.5))
+        drop = 0.1 * min(o.losses.min() for o in observed) / peak
+        for steps in (10.0, 100.0):
+            speed = 1 / (peak**0.5 * steps)  # C lr^-gamma (lr steps) = 1 at gamma 1/2
+            rows.append((floor, scale, alpha, drop, speed, max(options.least_beta, 0.5), 0.5))
     return np.array(rows)
 
 
