@@ -43,7 +43,7 @@ def get_config(arg=""):
     """The list of runs."""
     variant = common.parse_arg(arg, ("debug",)).variant
     debug = variant == "debug"
-    length, steps, size = (64, 6, 1000) if debug else (256, 120, 8192)
+    length, steps, size = (64, 6, 1000) if debug else (256, 80, 8192)
     lengths = {k: round(length * BYTES_PER_TOKEN["bpe"] / v) for k, v in BYTES_PER_TOKEN.items()}
     cost = {k: n * flops_per_token(n, size) for k, n in lengths.items()}
     groups = {}
@@ -62,11 +62,12 @@ def get_config(arg=""):
         f"evaluation.windows={16 if debug else 64}",
         'evals=("bits_per_byte","token_cost")',
         "sample.prompts=()",
-        "schedule.warmup=20",
+        "schedule.warmup=10",
     )
     text = ("data.text=docs",) if debug else ()
     seeds = (0,) if debug else SEEDS
     config = ablation(CONFIG, groups, (*extra, *text), COLUMNS, seeds)
     first = "configs/superbpe.py" + (":debug" if debug else "")
-    config.runs = (("tokenizer", first, (f"data.vocab_size={size}",)), *config.runs)
+    pairs = sorted(config.runs, key=lambda run: run[0].rpartition("seed")[2])  # stopped: both have
+    config.runs = (("tokenizer", first, (f"data.vocab_size={size}",)), *pairs)
     return config

@@ -267,6 +267,25 @@ def test_check_7_committed_sweep():
     assert min(rows, key=lambda row: row["bytes_per_token"]) is rows[-1]
 
 
+@pytest.mark.slow
+def test_check_7_sweep(tmp_path):
+    """python main.py --config=configs/superbpe.py:sweep; its table is docs/results/superbpe."""
+    task.run(load_config("configs/superbpe.py:sweep"), tmp_path)
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert rows[0]["t"] == 0 < sweep.best(rows)["t"] < rows[-1]["t"] and rows[-1]["plain"]
+    assert min(rows, key=lambda row: row["bytes_per_token"]) is rows[-1]
+
+
+@pytest.mark.slow
+def test_check_8_growth(tmp_path):
+    """python -m benchmarks.superbpe --parts growth: 50 MB below 2 GB and 5 minutes."""
+    from benchmarks import superbpe
+
+    growth = {row["mb"]: row for row in superbpe.growth(tmp_path)}
+    assert growth[50]["peak_rss_gb"] < 2 and growth[50]["cpu_seconds"] < 300
+    assert growth[50]["cpu_seconds"] < 1.5 * 10 * growth[5]["cpu_seconds"]
+
+
 def test_check_8_committed_growth():
     """50 MB in less than 2 GB and 5 minutes, at least 30 times the plain reference."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "superbpe.json").read_text())["rows"]
