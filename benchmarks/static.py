@@ -67,18 +67,22 @@ def parser(doc: str, ops: Iterable[str]) -> argparse.ArgumentParser:
 
 
 def report(rows: Sequence[Mapping], command: str, out: str) -> None:
-    """One JSON line a row, and all of them with their command in a file; rows of ops that did not
-    run stay there. The command is the one for all ops."""
+    """One JSON line a row, and all of them with their command in a file; rows of ops and chips (and
+    comparisons) that did not run stay there. The command is the one for all of them."""
     for row in rows:
         print(json.dumps(row))
     if not out:
         return
-    path, ran = Path(out), {row["op"] for row in rows}
+    path, ran = Path(out), set(map(_where, rows))
     before = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [row for row in before if row["op"] not in ran] + list(rows)
-    rows.sort(key=lambda row: row["op"])
+    rows = [row for row in before if _where(row) not in ran] + list(rows)
+    rows.sort(key=_where)
     path.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
     print(f"written to {out}")
+
+
+def _where(row: Mapping) -> tuple[str, str, bool]:
+    return row["op"], row.get("chip", ""), "compare" in row
 
 
 def compile_gpu(topology, device, function: Callable, *inputs, donate=()):

@@ -33,6 +33,9 @@ def arguments(argv=None):
     parser = static.parser(__doc__, static_ops.TPU)
     parser.add_argument("--topology", default=",".join(CHIPS))
     parser.add_argument("--chunk", type=int, default=0, help="0: each op's own")
+    parser.add_argument(
+        "--kernels-only", action="store_true", help="no comparison with XLA, most of the time"
+    )
     return parser.parse_args(argv)
 
 
@@ -42,17 +45,18 @@ def main(argv=None) -> None:
     if args.one:
         print(json.dumps(one(args)))
         return
-    names = [(op, chip) for op in args.op.split(",") for chip in args.topology.split(",")]
-    rows = [row for op, chip in names for row in _process(op, chip, args)]
     chunk = f" --chunk={args.chunk}" if args.chunk else ""
     command = f"python -m benchmarks.tpu_static{chunk} --tokens={args.tokens}"
-    static.report(rows, command, args.out)
+    for op in args.op.split(","):
+        for chip in args.topology.split(","):  # what is done is written
+            static.report(_process(op, chip, args), command, args.out)
 
 
 def _process(op: str, chip: str, args) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         flags = [f"--one={folder}", f"--op={op}", f"--topology={chip}"]
         flags += [f"--chunk={args.chunk}", f"--tokens={args.tokens}"]
+        flags += ["--kernels-only"] * args.kernels_only
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         printed = static.child("benchmarks.tpu_static", chip, flags, {"LIBTPU_INIT_ARGS": dump})
         return json.loads(printed.splitlines()[-1])
@@ -80,6 +84,7 @@ def one(args) -> list[dict]:
     xla = {
         what: {chunk: compiled(program).cycles for chunk, program in each.items()}
         for what, each in op.xla.items()
+        if not args.kernels_only
     }
     cores, chip = CORES.get(where.kind, 1), where.chip
     found, times = [], {}

@@ -56,18 +56,20 @@ def _on_mesh(name, q, k, v, mask, **options):
     shared = name != "ref" and shares_rows(q.shape[1], k.shape[1])
     if not shared and name not in ONE_DEVICE:
         return run(q, k, v, mask, **options)
-    seq = shard.mesh_axes("length", q.shape[1]) if shared else ()
+    behind = not shared and context.is_behind(mask, k.shape[1] - q.shape[1])
+    seq = shard.mesh_axes("length", q.shape[1]) if shared or behind else ()
     heads, kv_heads, pick = _heads(q.shape[2], k.shape[2])
-    tokens = ("batch", "length" if shared else None)
+    tokens, keys = ("batch", "length" if seq else None), ("batch", "length" if shared else None)
+    along = context.behind if behind else context.along
 
     def part(q, k, v, mask):
         k, v = pick(k), pick(v)
         if seq:
-            return context.along(seq, run, q, k, v, mask, **options)
+            return along(seq, run, q, k, v, mask, **options)
         return run(q, k, v, mask, **options)
 
     own = (*tokens, heads, None)
-    names = (own, *((*tokens, kv_heads, None),) * 2, _names(mask, tokens))
+    names = (own, *((*keys, kv_heads, None),) * 2, _names(mask, tokens, keys))
     like = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), v.dtype)
     return shard.call(part, (q, k, v, mask), names, like, own)
 
@@ -88,10 +90,14 @@ def _heads(heads, kv_heads):
     return "act_heads", None, pick
 
 
-def _names(mask, tokens):
+def _names(mask, tokens, keys):
     """Logical axis names of a mask's arrays."""
     if mask is None:
         return None
     arrays = {f.name: getattr(mask, f.name) for f in dataclasses.fields(mask)}
-    names = {n: tokens[: x.ndim] for n, x in arrays.items() if hasattr(x, "ndim")}
+    names = {
+        n: (keys if n in context.OF_KEYS else tokens)[: x.ndim]
+        for n, x in arrays.items()
+        if hasattr(x, "ndim")
+    }
     return dataclasses.replace(mask, **names)

@@ -4,7 +4,9 @@ Under a causal window of no more than a device's own tokens, a device needs the 
 of its left neighbour and the always visible ones of the first device: two small messages. Its keys
 are then [always visible | neighbour's | own], where every position but a constant is as before, so
 the implementation skips the same blocks as on one device. Any other mask gathers all keys and
-values. Gradients are autodiff of these lines: they go back the way the keys came.
+values. Where keys lie before the row's own (meta tokens: more keys than queries), every device has
+all keys and takes those that its queries can reach. Gradients are autodiff of these lines: they go
+back the way the keys came.
 """
 
 import dataclasses
@@ -94,6 +96,48 @@ def _with_neighbour(axis, run, few, q, k, v, mask):
     own = mask.block((0, pinned), (0, pinned))
     head = few(q[:, :pinned], k[:, :pinned], v[:, :pinned], own)
     return out.at[:, :pinned].set(jnp.where(index == 0, head, out[:, :pinned]))
+
+
+def is_behind(mask: MaskSpec | None, ahead: int) -> bool:
+    """Whether the row starts behind `ahead` keys that all of it sees."""
+    if mask is None or not mask.causal or ahead <= 0:
+        return False
+    others = (mask.prefix_length, mask.q_positions, mask.kv_positions, mask.q_scale_ids)
+    return mask.query_offset == mask.always_visible == ahead and all(x is None for x in others)
+
+
+def behind(
+    axis: str | tuple[str, ...],
+    run: Callable,
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b s g k"],
+    v: Float[Array, "b s g v"],
+    mask: MaskSpec,
+    **options,
+) -> Float[Array, "b t h v"]:
+    """This device's queries of a row that `is_behind`, against all keys, which it has."""
+    tokens, ahead = q.shape[1], mask.always_visible
+    start = jax.lax.axis_index(axis) * tokens
+    if mask.window is None:
+        positions = ahead + start + jnp.arange(tokens, dtype=jnp.int32)
+        positions = jnp.broadcast_to(positions, q.shape[:2])
+        return run(
+            q, k, v, dataclasses.replace(mask, q_positions=positions, query_offset=0), **options
+        )
+    reach = min(mask.window - 1, k.shape[1] - ahead)
+
+    def near(x):
+        """[always visible | `reach` keys before the device's own | own]; zeros left of the row."""
+        row = jnp.pad(x[:, ahead:], ((0, 0), (reach, 0), *((0, 0),) * (x.ndim - 2)))
+        row = jax.lax.dynamic_slice_in_dim(row, start, reach + tokens, axis=1)
+        return jnp.concatenate([x[:, :ahead], row], axis=1)
+
+    real = jnp.concatenate([jnp.ones(ahead, bool), start + jnp.arange(-reach, tokens) >= 0])
+    nearer = _replace(mask, OF_KEYS, near)
+    valid = jnp.broadcast_to(real, (q.shape[0], real.size))
+    valid = valid if nearer.kv_valid is None else valid & nearer.kv_valid
+    nearer = dataclasses.replace(nearer, kv_valid=valid, query_offset=ahead + reach)
+    return run(q, near(k), near(v), nearer, **options)
 
 
 def _replace(mask, names, change):

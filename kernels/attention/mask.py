@@ -26,8 +26,9 @@ class MaskSpec:
 
     prefix_length is [B], or [B, T] where each query has a prefix of its own. Positions default to
     query_offset + 0..T-1 for queries and 0..S-1 for keys. contiguous promises that the tokens of
-    a segment stand side by side and that only the first always_visible keys are shared: what a TPU
-    kernel can be told. A query that sees no key gets an average of some values, finite.
+    a segment stand side by side, that only the first always_visible keys are shared, and that the
+    queries are the last keys: what a TPU kernel can be told. A query that sees no key gets an
+    average of some values, finite.
 
     Who can do what (impl="auto" leaves the rest to xla, which takes everything):
 

@@ -120,9 +120,13 @@ def _check(q, k, v, mask, fewest):
     if mask.q_segment_ids is not None:
         if not mask.contiguous:
             raise NotSupported("splash attention takes segments of a contiguous mask only")
-        apart = mask.kv_segment_ids is not None or mask.q_positions is not None
-        if apart or q.shape[1] != k.shape[1] or mask.query_offset:
-            raise NotSupported("splash attention takes one array of segment ids for both sides")
+        # Queries are the last keys: either all of them, or those behind keys that all may see.
+        ahead, apart = k.shape[1] - q.shape[1], mask.kv_segment_ids is not None
+        shared = apart and mask.always_visible > 0
+        if mask.q_positions is not None or mask.query_offset != ahead or (apart and not shared):
+            raise NotSupported("splash attention takes segments of queries that are the last keys")
+        if ahead and not apart:
+            raise NotSupported("splash attention needs the segment ids of all keys")
     if _is_ranged(mask) and k.shape[1] > 1 << RANGE_BITS:
         raise NotSupported(f"ranges of more than {1 << RANGE_BITS} keys do not fit one integer")
     first, last = mask.reach(q.shape[1], k.shape[1])
@@ -150,8 +154,10 @@ def _ranges(mask, t, s):
     if mask.window is not None:
         first = jnp.clip(position - mask.window + 1, 0, s)
     if mask.q_segment_ids is not None:
-        changes = jnp.diff(mask.q_segment_ids, axis=1, prepend=mask.q_segment_ids[:, :1]) != 0
-        first = jnp.maximum(first, jax.lax.cummax(jnp.where(changes, index, 0), axis=1))
+        ids = mask.q_segment_ids if mask.kv_segment_ids is None else mask.kv_segment_ids
+        changes = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
+        starts = jax.lax.cummax(jnp.where(changes, jnp.arange(s, dtype=jnp.int32), 0), axis=1)
+        first = jnp.maximum(first, starts[:, s - t :])
     return last << 16 | first
 
 

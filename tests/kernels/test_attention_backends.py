@@ -45,6 +45,12 @@ def expressible(shape):
     yield MaskSpec(kv_valid=valid, **offset)
     yield MaskSpec(causal=False, kv_valid=valid)
     yield MaskSpec(q_positions=jnp.asarray(rng.integers(1, s, (b, t)), jnp.int32))
+    if t < s:  # documents behind keys that all of them see
+        own = ids(shape)[:, :t]
+        keys = jnp.pad(own, ((0, 0), (s - t, 0)), constant_values=-1)
+        ahead = dict(query_offset=s - t, always_visible=s - t, contiguous=True)
+        yield MaskSpec(q_segment_ids=own, kv_segment_ids=keys, window=20, **ahead)
+        yield MaskSpec(q_segment_ids=own, kv_segment_ids=keys, **ahead)
     if t == s:
         yield MaskSpec(q_segment_ids=ids(shape), contiguous=True, window=20)
         yield MaskSpec(q_segment_ids=ids(shape, 9), contiguous=True, window=20, always_visible=9)
@@ -61,8 +67,11 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_checks_2_and_3_splash_equals_ref(shape, small_blocks):
     """Values and gradients, float32 to 1e-5; with a soft-cap every second time. Every mask on one
-    shape, every third on the others."""
-    for n, mask in list(enumerate(expressible(shape)))[:: 1 if shape == SHAPES[1] else 3]:
+    shape, every third and those with segments of the keys' own on the others."""
+    for n, mask in enumerate(expressible(shape)):
+        apart = mask is not None and mask.kv_segment_ids is not None
+        if shape != SHAPES[1] and n % 3 and not apart:
+            continue
         options = dict(scale=0.3, softcap=5.0 if n % 2 else None)
 
         def graded(run, inputs, mask=mask, options=options):
@@ -112,13 +121,15 @@ def test_check_5_splash_under_vmap_remat_and_scan(small_blocks):
 
 def test_check_5_eight_devices_equal_one():
     """Values and gradients over meshes with shared rows, heads and groups of heads; a window sends
-    a few keys to the neighbour, other masks gather all."""
+    a few keys to the neighbour, other masks gather all, rows behind other keys none."""
     rows = in_a_process("-m", "tests.kernels.attention_on_mesh")
-    assert len(rows) == 26
+    assert len(rows) == 30
     for row in rows:
         assert row["difference"] < 2e-5, row
         assert row["shard_map"] == (row["seq"] > 1 or row["impl"] != "xla"), row
         near = row["mask"] in ("window", "pinned", "packed", "valid")
+        near |= row["mask"].startswith("behind")
+        assert row["queries_cut"] == (row["seq"] > 1), row
         assert row["gathered"] == (row["seq"] > 1 and not near), row
 
 
@@ -155,7 +166,10 @@ def test_what_the_libraries_do_not_take(monkeypatch):
     refuses("all float32 or bfloat16", None, [x.astype(jnp.float16) for x in inputs])
     refuses("a visible key for every query", MaskSpec(window=3, query_offset=500))
     apart = MaskSpec(q_segment_ids=segments, kv_segment_ids=segments, contiguous=True)
-    refuses("one array of segment ids", apart)
+    refuses("queries that are the last keys", apart)
+    fewer = [inputs[0][:, :100], *inputs[1:]]
+    own = MaskSpec(q_segment_ids=segments[:, :100], contiguous=True, query_offset=50)
+    refuses("segment ids of all keys", own, fewer)
     long = [jax.ShapeDtypeStruct((1, 40_000, *x), jnp.bfloat16) for x in HYMBA]
     prefix = MaskSpec(prefix_length=jnp.zeros(1, jnp.int32))
     with pytest.raises(NotSupported, match="more than 32768 keys"):
