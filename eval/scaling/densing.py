@@ -69,6 +69,15 @@ class TwoStep(NamedTuple):
         inside = self.losses[0] <= loss <= self.losses[1]
         return Effective(size, OK if inside else OUTSIDE)
 
+    def tokens_of_loss(self, loss: float, n: float) -> Effective:
+        """Tokens after which a size reaches a loss."""
+        left = loss - self.a * n**-self.alpha - self.e
+        if not left > 0:
+            return Effective(math.inf, CEILING)
+        tokens = _exp((math.log(self.b) - math.log(left)) / self.beta)
+        inside = self.losses[0] <= loss <= self.losses[1]
+        return Effective(tokens, OK if inside else OUTSIDE)
+
     def size(self, score: float) -> Effective:
         """Size that reaches a score after d0 tokens."""
         if score <= self.d + self.c:

@@ -26,6 +26,7 @@ class Measured(NamedTuple):
     loss: float
     same: densing.Effective  # size after the run's own tokens
     common: densing.Effective  # size after the common number of tokens
+    tokens: densing.Effective  # that the reference needs at the run's own size
     by_score: dict[str, densing.Effective]  # by a task's score after the run's own tokens
 
 
@@ -79,9 +80,12 @@ def measure(runs: list[Run], tasks: Sequence[Task], options) -> Seed:
             score = ladder_data.final(run, task, options.last)[1]
             reference = reference_at(law, run.d, seen_losses, scores[task.name])
             by_score[task.name] = reference.size(score)
-        same = reference_at(law, run.d, seen_losses).size_of_loss(loss)
+        reference = reference_at(law, run.d, seen_losses)
+        same, needed = reference.size_of_loss(loss), reference.tokens_of_loss(loss, run.n)
         common = reference_at(law, d0, seen_losses).size_of_loss(loss)
-        measured.append(Measured(run.name, run.family, run.n, run.d, loss, same, common, by_score))
+        measured.append(
+            Measured(run.name, run.family, run.n, run.d, loss, same, common, needed, by_score)
+        )
     error = float(np.abs(fitted / points[:, 2] - 1).mean())
     return Seed(law, error, points, d0, measured)
 
@@ -91,6 +95,18 @@ def _score_law(seen: list[Run], task: Task, text: Task, options) -> fitting.Fit:
     mixed = task._replace(losses=text.losses)
     data = ladder.gather(seen, mixed, options)
     return ladder_laws.fit_score(data.losses, data.scores, task.chance)
+
+
+def _vanished(seed: Seed) -> list[str]:
+    """A law without one of its terms says nothing about sizes, or nothing about tokens."""
+    log_a, alpha, log_b, beta = seed.law.theta
+    n, d, loss = seed.points.T
+    terms = {"size": log_a - alpha * np.log(n), "tokens": log_b - beta * np.log(d)}
+    return [
+        f"the term of the {name} vanished: densities by it mean nothing"
+        for name, log in terms.items()
+        if (np.exp(log) / loss).max() < ladder.GONE
+    ]
 
 
 def _law_text(seed: Seed) -> str:
@@ -105,7 +121,7 @@ def _spread(values) -> str:
     values = np.asarray(values, float)
     if not np.isfinite(values).all():
         kept = values[np.isfinite(values)]
-        text = f"{kept.mean():.3f} of {len(kept)} seeds, " if len(kept) else ""
+        text = f"{kept.mean():.3g} in {len(kept)}, " if len(kept) else ""
         return f"{text}{len(values) - len(kept)} infinite"
     return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
@@ -116,11 +132,12 @@ def write(workdir, seeds: dict[str, Seed], tasks, reference: str) -> dict[str, f
     text = [f"- {name or 'the run'}: {_law_text(seed)}" for name, seed in seeds.items()]
     sections = ["Reference law, bits per byte at the end of each run:\n\n" + "\n".join(text)]
     rows, held, metrics, flags = [], [], {}, {}
-    for i, m in enumerate(first.measured):
-        of = [seed.measured[i] for seed in seeds.values()]
+    for m in first.measured:
+        of = [x for seed in seeds.values() for x in seed.measured if x.name == m.name]
         ratio = [x.same.size / x.n for x in of]
         row = [m.name, f"{m.n:,.0f}", f"{m.d:,.0f}", _spread([x.loss for x in of]), _spread(ratio),
-               _spread([x.common.size / x.n for x in of])]  # fmt: skip
+               _spread([x.common.size / x.n for x in of]),
+               _spread([x.tokens.size / x.d for x in of])]  # fmt: skip
         for task in tasks[:-1]:
             row.append(_spread([x.by_score[task.name].size / x.n for x in of]))
         rows.append(row)
@@ -137,12 +154,13 @@ def write(workdir, seeds: dict[str, Seed], tasks, reference: str) -> dict[str, f
         columns = ("held-out run", "N", "size from its loss", "error, %")
         sections.append("## The held-out size\n\n" + report.markdown_table(columns, held))
     columns = ("run", "N", "tokens D", "bits per byte", "density at D",
-               f"density at {first.d0:,.0f} tokens",
+               f"density at {first.d0:,.0f} tokens", "tokens the reference needs, over D",
                *(f"by the score of {t.name}" for t in tasks[:-1]))  # fmt: skip
     sections.append("## Densities\n\nMean ± standard deviation over seeds; 1: as good as the "
                     "reference's size.\n\n" + report.markdown_table(columns, rows))  # fmt: skip
-    sections.append(report.problems({flag: names for flag, names in flags.items()}))
-    sections.append(report.problems({f"law {k}": s.law.problems for k, s in seeds.items()}))
+    sections.append(report.problems(flags))
+    said = {f"law {k}".strip(): [*s.law.problems, *_vanished(s)] for k, s in seeds.items()}
+    sections.append(report.problems(said))
     data = {name or "run": dict(law=s.law.values, error=s.error, d0=s.d0,
                                 measured=[m._asdict() for m in s.measured])
             for name, s in seeds.items()}  # fmt: skip

@@ -15,6 +15,7 @@ from eval.scaling.fitting import Fit
 from eval.scaling.ladder_data import Run, Task
 from eval.scaling.ladder_laws import evaluate, flops_law, loss_law, score_law, single_law
 
+GONE = 1e-4  # a term with less than this share of every loss is not there
 NOISE_ROWS = 10  # last evaluations whose spread is a task's noise
 
 
@@ -129,10 +130,13 @@ def backtest(laws: Laws) -> float:
 
 
 def noise(runs: list[Run], task: Task, rows: int = NOISE_ROWS) -> tuple[float, float]:
-    """Standard deviation of (loss, score) over the last evaluations of the longest, largest run."""
+    """Standard deviation of (loss, score) over the last evaluations of the longest, largest run;
+    NaN where the run has so few that they still fall."""
     run = max(runs, key=lambda r: (r.n, r.d))
     _, loss, score = ladder_data.points(run, task)
-    return float(np.std(loss[-rows:], ddof=1)), float(np.std(score[-rows:], ddof=1))
+    if len(loss) < 2 * rows:
+        return float("nan"), float("nan")
+    return float(np.std(loss[-rows:])), float(np.std(score[-rows:]))
 
 
 def warnings(laws: Laws, target: Target, found: dict, options) -> list[str]:
@@ -142,6 +146,9 @@ def warnings(laws: Laws, target: Target, found: dict, options) -> list[str]:
     `backtest` and the score's `interval`.
     """
     data, said = laws.data, [*laws.loss.problems, *(f"step 2: {p}" for p in laws.score.problems)]
+    for term in ("size", "tokens"):
+        if _share(laws, term) < GONE:
+            said.append(f"the term of the {term} vanished from the law: it says nothing about them")
     reach = {k: v / top.max() for k, v, top in
              (("N", target.n, data.n), ("D", target.d, data.d))}  # fmt: skip
     far = [f"{key} is {x:.1f} times the largest seen" for key, x in reach.items()]
@@ -169,6 +176,14 @@ def warnings(laws: Laws, target: Target, found: dict, options) -> list[str]:
             "sampling error only"
         )
     return said
+
+
+def _share(laws: Laws, term: str) -> float:
+    """Largest share of the loss that a term of step 1 has among the runs."""
+    a, b, alpha, beta, _ = laws.loss.theta
+    data = laws.data
+    log = a - alpha * np.log(data.n) if term == "size" else b - beta * np.log(data.d)
+    return float((np.exp(log) / data.loss).max())
 
 
 def targets_of(runs: list[Run], tasks: list[Task], options) -> list[Target]:

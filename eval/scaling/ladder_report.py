@@ -85,12 +85,17 @@ def _law_table(found) -> str:
         rows.append([
             laws.task.name, *(f"{x:.4f}" for x in laws.loss.theta), f"{error:.2%}",
             *(f"{x:.4f}" for x in laws.score.theta), len(data.losses),
-            f"{predictions[0]['spread']:.4f}", f"{percent(predictions[0]['score_spread']):.2f}",
-            f"{predictions[0]['backtest']:.2%}",
+            _known(predictions[0]["spread"], "{:.4f}"),
+            _known(percent(predictions[0]["score_spread"]), "{:.2f}"),
+            _known(100 * predictions[0]["backtest"], "{:.2f}%"),
         ])  # fmt: skip
     columns = ("task", *STEP_1, "fit error", *(f"{x} (2)" for x in STEP_2), "checkpoints",
                "loss sd", "score sd", "largest size left out")  # fmt: skip
     return "## The laws\n\n" + report.markdown_table(columns, rows)
+
+
+def _known(value: float, form: str) -> str:
+    return form.format(value) if np.isfinite(value) else "not measured"
 
 
 def _json(ladder: Ladder) -> dict:
@@ -149,17 +154,23 @@ def write(workdir, ladders: dict[str, Ladder]) -> dict[str, float]:
         if means:
             rows = [[key.replace("_", " "), value] for key, value in means.items()]
             sections.append("Means over tasks:\n\n" + report.markdown_table(("", "mean"), rows))
-        said = {
-            f"{laws.task.name}, {target.name}": p["warnings"]
-            for laws, predictions in found
-            for target, p in zip(targets, predictions)
-        }
-        sections.append(report.problems(said))
+        sections.append(report.problems(_warnings(found, targets)))
         metrics.append(_metrics(ladders[seed], means))
     data = {seed or "ladder": _json(ladder) for seed, ladder in ladders.items()}
     report.write(workdir, "Ladder", sections, data, name="ladder")
     plot(workdir / "ladder.png", *next(iter(ladders.values()))[1:])
     return {key: float(np.mean([m[key] for m in metrics])) for key in metrics[0]}
+
+
+def _warnings(found, targets) -> dict[str, list[str]]:
+    """{tasks: warnings}; one that holds for every target of a task is said once."""
+    said: dict[str, list[str]] = {}
+    for laws, predictions in found:
+        for text in dict.fromkeys(w for p in predictions for w in p["warnings"]):
+            names = [t.name for t, p in zip(targets, predictions) if text in p["warnings"]]
+            where = "" if len(names) == len(targets) else f" ({', '.join(names)})"
+            said.setdefault(f"{laws.task.name}{where}", []).append(text)
+    return said
 
 
 def _metrics(ladder: Ladder, means: dict[str, float]) -> dict[str, float]:

@@ -231,6 +231,16 @@ def test_envelope_rules_by_hand():
     rising = np.exp(0.01 * np.arange(40))
     slopes = densing_trend.bootstrap(np.arange(40), rising, draws=100, seed=0)
     np.testing.assert_allclose(slopes, 0.01, rtol=1e-9)
+    rng = np.random.default_rng(3)
+    dated, dense = np.sort(rng.integers(0, 12, 25)), np.exp(rng.normal(size=25))
+    slopes = densing_trend.bootstrap(dated, dense, draws=20, seed=5)
+    for drawn, slope in zip(np.random.default_rng(5).integers(0, 25, (20, 25)), slopes):
+        x, y = [], []
+        for day in sorted(set(dated[drawn])):
+            top = max(np.log(dense[i]) for i in drawn if dated[i] == day)
+            if not y or top > y[-1]:
+                x, y = [*x, day], [*y, top]
+        assert slope == pytest.approx(np.polyfit(x, y, 1)[0], rel=1e-9)
     with pytest.raises(fitting.FitError, match="two different days"):
         densing_trend.fit([1, 1], [1.0, 2.0])
 
