@@ -46,7 +46,7 @@ def summary(seeds: dict[str, dict]) -> dict:
             },
             worst_error=law["laws"][law["chosen"]]["average"]["WorstE"],
             last_error={n: f["error"] for n, f in predicted.items()},
-            order_right=law["order_right"],
+            order_right=law["order_right"],  # None where only one curve is predicted
             finals=finals,
             predicted_best=best,
             best_error=best / finals[BEST] - 1,
@@ -57,7 +57,7 @@ def summary(seeds: dict[str, dict]) -> dict:
     errors = [r["relative_error"][chosen] for r in rows.values()]
     claims = {
         "unseen schedules within 1 %": [e < 0.01 for e in errors],
-        "their order right": [bool(r["order_right"]) for r in rows.values()],
+        "their order right": [r["order_right"] is not False for r in rows.values()],
         **{
             f"optimised below {rival}": [r["gains"][rival] > 0 for r in rows.values()]
             for rival in RIVALS
