@@ -113,7 +113,7 @@ def get_config(arg=""):
     if a.variant == "files":
         return fit_only()
     if a.variant == "published":
-        return fit_only(
+        config = fit_only(
             curves=str(PUBLIC / "multi_power_law" / "csv_25"),
             schedules=str(ROOT / "eval/scaling/published_schedules.json"),
             fit=PUBLISHED_FIT,
@@ -121,6 +121,8 @@ def get_config(arg=""):
             use="published",
             bootstrap=20,  # each is the whole recipe
         )
+        config.fit.optimise.steps = 24_000
+        return config
     if a.variant == "debug":
         wsd = {"wsd": ("schedule.name=wsd", "schedule.decay=12")}
         two = {name: FITTED[name] for name in ("constant", "cosine")}

@@ -131,7 +131,10 @@ def _multi_power_row(recipe: str, fitted, options) -> Row:
     found = replay.replay(fitted, merge=merge)
     objective = laws.objective(laws.MULTI_POWER, found.theta, fitted, chosen._replace(merge=merge))
     label = "multi-power, published recipe"
-    notes = (f"stopped after {found.stopped} steps, which is its regularisation; not converged",)
+    notes = (
+        f"stopped after {found.stopped} steps, which is its regularisation; not converged",
+        "its refits stop elsewhere, so its intervals need not hold the estimate",
+    )
     return Row(label, laws.MULTI_POWER, chosen, found.theta, objective, notes, found.stopped)
 
 
