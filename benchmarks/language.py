@@ -41,7 +41,7 @@ class LanguageModel:
     def loss(self, params, tokens: Int[Array, "b t"]) -> Float[Array, ""]:
         """Mean next-token cross-entropy."""
         hidden = self._apply(params, lambda net, ids: net(net.embed(ids))[0], tokens[:, :-1])
-        nll, _ = token_nll(
+        nll, *_ = token_nll(
             hidden.reshape(-1, self.cfg.width),
             params["embedding"],
             tokens[:, 1:].reshape(-1),

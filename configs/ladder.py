@@ -198,6 +198,7 @@ def _published(name: str, multiplier: float) -> ConfigDict:
     config = language.published(
         _model(rung, rung.vocab_size), length=rung.length, vocab_size=rung.vocab_size, **training(r)
     )
+    config.model.z_loss = 1e-5
     every = 200 if multiplier <= 2 else 500 if multiplier <= 5 else 1000
     config.evals, config.eval_every = ("bits_per_byte", "ranked"), every
     return config

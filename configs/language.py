@@ -28,7 +28,7 @@ def small(model: dict, steps: int = 600, **overrides):
         seed=0,
         steps=steps,
         batch_size=16,
-        model=dict(vocab_size=0) | model,
+        model=dict(vocab_size=0, z_loss=0.0) | model,
         data=data_config(name="text", text=text, length=256, vocab_size=4096),
         optimizer=dict(lr=3e-3, b2=0.95, weight_decay=0.1),
         schedule=dict(name="wsd", warmup=50, decay=steps // 5, final=0.01),
@@ -56,7 +56,7 @@ def published(model: dict, *, steps: int, batch_size: int, length: int, vocab_si
     settings = dict(
         steps=steps,
         batch_size=batch_size,
-        model=dict(vocab_size=vocab_size) | model,
+        model=dict(vocab_size=vocab_size, z_loss=0.0) | model,
         data=data_config(name="text", text="folder", vocab_size=vocab_size, length=length),
         mesh=dict(data=1, fsdp=-1, tensor=1, seq=1),
         precision="bfloat16",

@@ -10,6 +10,7 @@ on where it was. Leaves report.md, report.json and report.png in the workdir.
 | --- | --- | --- |
 | (none), recall | input gate learnt, fixed at -10 and at 0, on associative recall | -10 fails |
 | eps | epsilon of the head norm by bias of the input gate, on text | 1e-2 worse than 1e-6 |
+| norm | epsilon 1e-6 and 1e-2 on whole default runs | 1e-2 worse |
 | bias | input gate bias -10, -5, 0 at three times the learning rate | -10: fewest spikes |
 | caps | gates capped at 15 or not, at three times the learning rate | capped: steadier |
 | debug | recall with a tiny model and few steps | under two minutes |
@@ -37,7 +38,7 @@ RECALL = ("losses/held_out_accuracy", "losses/held_out_loss")
 
 def get_config(arg=""):
     """The list of runs of one ablation."""
-    variant = common.parse_arg(arg, ("recall", "eps", "bias", "caps", "debug")).variant
+    variant = common.parse_arg(arg, ("recall", "eps", "norm", "bias", "caps", "debug")).variant
     model = "model.xlstm."
     if variant == "eps":
         groups = {
@@ -49,6 +50,9 @@ def get_config(arg=""):
             for bias in (-10, -5, -2)
         }
         return ablation(CONFIG, groups, TEXT, STEADY[:1])
+    if variant == "norm":
+        groups = {f"eps={eps:g}": (f"{model}head_norm_eps={eps}",) for eps in (1e-6, 1e-2)}
+        return ablation(CONFIG, groups, columns=STEADY[:1])
     if variant in ("bias", "caps"):
         groups = {f"bias={b}": (f"{model}input_bias={b}.0",) for b in (-10, -5, 0)}
         if variant == "caps":

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from models import Model, sized
 from models.blocks.common import constrain
-from models.blocks.losses import chunked_cross_entropy, row_nll
+from models.blocks.losses import row_nll, token_nll
 
 CHECKED = ("recall", "needle")  # data sets whose batches say which targets count
 
@@ -96,19 +96,26 @@ def norms(batch) -> dict[str, Float[Array, ""]]:
     return {"text": jnp.maximum(next_tokens(batch)[1].sum(), 1.0)}
 
 
-def loss(net: Net, params, extra, batch, rng, *, step, norms):
-    """Mean cross-entropy of the next token, nats; no array of logits."""
+def loss(net: Net, params, extra, batch, rng, *, step, norms, z_loss: float = 0.0):
+    """Mean cross-entropy of the next token, nats; no array of logits.
+
+    z_loss times the mean square of the log-normaliser is added (OLMo 2: 1e-5); metric "loss" is
+    without it.
+    """
     hidden = read(net, params, batch)
     targets, weights = next_tokens(batch)
-    nll, correct = chunked_cross_entropy(
+    nll, correct, logsumexp = token_nll(
         hidden.reshape(-1, hidden.shape[-1]),
         apply(net, params, method="table"),
         targets.reshape(-1),
-        weights.reshape(-1),
         softcap=net.softcap,
     )
-    total = nll / norms["text"]
-    return total, ({"loss": total, "accuracy": correct / norms["text"]}, extra)
+    mean = lambda x: jnp.sum(x * weights.reshape(-1)) / norms["text"]  # noqa: E731
+    total, metrics = mean(nll), {"loss": mean(nll), "accuracy": mean(correct)}
+    if z_loss:
+        metrics["z"] = mean(jnp.square(logsumexp))
+        total += z_loss * metrics["z"]
+    return total, (metrics, extra)
 
 
 def text_nll(net: Net, params, batch) -> dict[str, Float[Array, "b"]]:
@@ -187,7 +194,7 @@ def build(
         keys += ("scored",)
     return Model(
         init=lambda rng: (init(net, rng), {}),
-        loss=functools.partial(loss, net),
+        loss=functools.partial(loss, net, z_loss=config.model.get("z_loss", 0.0)),
         norms=norms,
         predict=predict(net, init_state, **more),
         batches={name: dict.fromkeys(keys, ints(rows)) for name, rows in batches.items()},

@@ -24,7 +24,7 @@ def chunked_cross_entropy(
     chunk: int = 8192,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Σ weights · nll and Σ weights · [arg max = target], never holding [N, V] (see token_nll)."""
-    nll, correct = token_nll(hidden, table, targets, softcap=softcap, chunk=chunk)
+    nll, correct, _ = token_nll(hidden, table, targets, softcap=softcap, chunk=chunk)
     weights = weights.astype(jnp.float32)
     return jnp.sum(nll * weights), jnp.sum(correct * weights)
 
@@ -36,8 +36,10 @@ def token_nll(
     *,
     softcap: float | None = None,
     chunk: int = 8192,
-) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
-    """-log softmax(softcap(h tableᵀ))[target] and whether the target scores highest (a tie counts).
+) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"]]:
+    """-log softmax(softcap(h tableᵀ))[target], whether the target scores highest (a tie counts),
+    and log Σ exp of the scores, whose square times a small number is the z-loss of PaLM (arXiv
+    2204.02311, section 5).
 
     `chunk` bounds the vocabulary rows scored at once; products run in hidden's type, sums in
     float32. Both passes recompute scores, so no more than [N, chunk] of them exist.
@@ -60,7 +62,7 @@ def row_nll(
     found = token_nll(
         hidden.reshape(-1, hidden.shape[-1]), table, targets.reshape(-1), softcap=softcap
     )
-    nll, correct = (x.reshape(weights.shape) for x in found)
+    nll, correct, _ = (x.reshape(weights.shape) for x in found)
     return {
         "nll": (nll * weights).sum(1),
         "correct": (correct * weights).sum(1),
@@ -70,7 +72,7 @@ def row_nll(
 
 def plain_cross_entropy(hidden, table, targets, weights, *, softcap: float | None = None):
     """chunked_cross_entropy with all scores in memory at once: the reference."""
-    nll, correct = _plain(hidden, table, targets, softcap)
+    nll, correct, _ = _plain(hidden, table, targets, softcap)
     return jnp.sum(nll * weights), jnp.sum(correct * weights)
 
 
@@ -101,8 +103,9 @@ def _scores(hidden, rows, softcap):
 def _plain(hidden, table, targets, softcap):
     scores = _scores(hidden, table, softcap)
     picked = jnp.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
-    nll = jax.nn.logsumexp(scores, axis=1) - picked
-    return nll, (picked >= jnp.max(scores, axis=1)).astype(jnp.float32)
+    logsumexp = jax.nn.logsumexp(scores, axis=1)
+    correct = (picked >= jnp.max(scores, axis=1)).astype(jnp.float32)
+    return logsumexp - picked, correct, logsumexp
 
 
 def _slices(vocabulary, chunk):
@@ -150,25 +153,26 @@ def _sliced_forward(hidden, table, targets, softcap, count):
     zeros = jnp.zeros(hidden.shape[:1], jnp.float32)
     (top, total, picked), _ = jax.lax.scan(step, (zeros + MASKED, zeros, zeros), jnp.arange(count))
     logsumexp = top + jnp.log(total)
-    out = logsumexp - picked, (picked >= top).astype(jnp.float32)
+    out = logsumexp - picked, (picked >= top).astype(jnp.float32), logsumexp
     return out, (hidden, table, targets, logsumexp)
 
 
 def _sliced_backward(softcap, count, saved, cotangents):
-    """d scores = (softmax - one hot) · dnll · (1 - (scores / cap)²), slice by slice."""
+    """d scores = ((softmax - one hot) · dnll + softmax · dlogsumexp) · (1 - (scores / cap)²)"""
     hidden, table, targets, logsumexp = saved
     vocabulary, width = table.shape
-    scale = cotangents[0].astype(jnp.float32)[:, None]
+    d_nll, _, d_logsumexp = (c.astype(jnp.float32)[:, None] for c in cotangents)
     view = _view(table, count)
 
     def step(carry, i):
         d_hidden, d_view = carry
         rows, ids = _slice(view, i)
         scores = _scores(hidden, rows, softcap)
-        grad = jnp.exp(scores - logsumexp[:, None]) - (ids == targets[:, None])
+        grad = jnp.exp(scores - logsumexp[:, None]) * (d_nll + d_logsumexp)
+        grad -= jnp.where(ids == targets[:, None], d_nll, 0.0)
         if softcap:
             grad = grad * (1.0 - jnp.square(scores / softcap))
-        grad = jnp.where(ids < vocabulary, grad * scale, 0.0).astype(hidden.dtype)
+        grad = jnp.where(ids < vocabulary, grad, 0.0).astype(hidden.dtype)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         d_hidden += product("nv,vd->nd", grad, rows.astype(hidden.dtype))
         d_rows = product("nv,nd->vd", grad, hidden)

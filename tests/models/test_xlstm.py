@@ -229,6 +229,14 @@ def test_the_loss_is_the_mean_over_targets():
     assert sums["count"].sum() == 4 + 6 + 7
     np.testing.assert_allclose(value, sums["nll"].sum() / 17, rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], sums["correct"].sum() / 17, rtol=1e-5)
+    more, (metrics, _) = language.loss(
+        net, params, {}, batch, None, step=0, norms=language.norms(batch), z_loss=0.1
+    )
+    logits = language.apply(net, params, language.read(net, params, batch), method="logits")
+    weights = language.next_tokens(batch)[1]
+    z = (jnp.square(jax.nn.logsumexp(logits, -1)) * weights).sum() / 17
+    np.testing.assert_allclose(more, value + 0.1 * z, rtol=1e-5)
+    assert metrics["loss"] == value
 
 
 def test_check_12_the_7b_schedule():
