@@ -220,14 +220,20 @@ def beside_the_library(rounds: int) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    """All of it; --one=FOLDER: one size of the growth."""
-    parser = argparse.ArgumentParser()
+def arguments(argv=None):
+    """Command line of this benchmark."""
+    parts = ["plain", "growth", "library"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="")
-    parser.add_argument("--one", default="")
+    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--parts", nargs="*", default=["plain", "growth", "library"])
-    args = parser.parse_args()
+    parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    """All of it; --one=FOLDER: one size of the growth."""
+    args = arguments(argv)
     if args.one:
         folder = Path(args.one)
         print(json.dumps(grow(str(folder / "text.txt"), str(folder / "stage1.json"))))
