@@ -285,7 +285,7 @@ def test_check_8_growth(tmp_path):
 
 
 def check_growth(growth):
-    """Linear in the tokens that the text has at first: a megabyte of code has twice a dictionary's."""
+    """Linear in the tokens of the text at first; code has twice a dictionary's in a megabyte."""
     assert growth[50]["peak_rss_gb"] < 2 and growth[50]["wall_seconds"] < 300
     each = {mb: row["cpu_seconds"] / row["tokens_before"] for mb, row in growth.items()}
     assert each[50] < 1.25 * each[5]
