@@ -21,11 +21,10 @@ fit takes table= (a CSV with a row a model) and dates= (a CSV of release dates),
 as configs/ladder.py:fit does.
 """
 
-from typing import NamedTuple
-
 from ml_collections import ConfigDict
 
-from configs import common, hymba, ladder, language, xlstm
+from configs import common, hymba, ladder, ladder_runs, language, xlstm
+from configs.ladder_tasks import fit_options, olmes
 from configs.rungs import recipe
 
 SMALL = dict(vocab_size=512, length=256)
@@ -49,11 +48,6 @@ FLOORS = (
     ("MMLU", 0.25), ("ARC-C", 0.25), ("HellaSwag", 0.25), ("Winograd", 0.5), ("XWinograd", 0.5),
     ("GSM8K", 0.0), ("HumanEval", 0.0),
 )  # fmt: skip
-
-
-class _Sized(NamedTuple):
-    n: int
-    length: int
 
 
 def get_config(arg=""):
@@ -88,13 +82,13 @@ def get_config(arg=""):
 
 def _family(name: str, multiplier: float, steps: int) -> ConfigDict:
     """Another family on the ladder's recipe for its own number of parameters."""
-    r = recipe(_Sized(COUNTS[name], SMALL["length"]), multiplier, divisor=1, extra=0)
-    given = ladder.training(r, "embedding")
+    r = recipe(COUNTS[name], SMALL["length"], multiplier, divisor=1, extra=0)
+    given = ladder_runs.training(r, "embedding")
     if name == "hymba":
         given["optimizer"]["undecayed"] += ("meta",)
     config = language.small(dict(name=name, **{name: NODES[name]}), **given)
     config.steps = steps or r.steps
-    return ladder.small(config, **SMALL)
+    return ladder_runs.small(config, **SMALL)
 
 
 def _fit(a) -> dict:
@@ -121,5 +115,5 @@ def _fit(a) -> dict:
         level=0.9,
         sensitivity=True,  # the table over families, metrics and envelopes
         d0=(1e12,),  # tokens at which a ladder's target is measured, besides its own
-        ladder=ladder.fit_options(ladder.olmes(), runs=a.runs, folder=a.folder),
+        ladder=fit_options(olmes(), runs=a.runs, folder=a.folder),
     )

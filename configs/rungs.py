@@ -72,22 +72,22 @@ class Recipe:
     tokens: int  # asked for: 20 N times the multiplier
 
 
-def recipe(rung: Rung, multiplier: float, divisor: int = 64, extra: int = 10) -> Recipe:
-    """The ladder's rules for a run of `multiplier` times 20 tokens a parameter.
+def recipe(n: int, length: int, multiplier: float, divisor: int = 64, extra: int = 10) -> Recipe:
+    """The ladder's rules for `n` parameters, rows of `length`, `multiplier` times 20 n tokens.
 
     divisor: the batch is a multiple of it (64 gives the paper's table; small ladders want 1).
     extra: steps that the published runs did beyond their tokens. The rules were found for
     sequences of 2,048 tokens: a batch has as many tokens at any length, the rate is a quarter.
     """
-    scale = rung.n / 108e6
-    sequences = 160 * scale ** (2 / 3) * 2048 / rung.length
+    scale = n / 108e6
+    sequences = 160 * scale ** (2 / 3) * 2048 / length
     batch = max(1, round(sequences / divisor)) * divisor
-    per_step = batch * rung.length
-    tokens = round(20 * rung.n * multiplier)
+    per_step = batch * length
+    tokens = round(20 * n * multiplier)
     return Recipe(
         batch_size=batch,
         lr=0.0047 * scale ** (-1 / 3) / 4,
-        warmup=round(rung.n / per_step),
+        warmup=round(n / per_step),
         steps=-(-tokens // per_step) + extra,
         tokens=tokens,
     )
