@@ -95,9 +95,7 @@ def test_check_3_parameter_counts_of_the_reference_models():
 
 @pytest.fixture(scope="module")
 def table(public_data):
-    folder = public_data / "densing_law"
-    if not folder.is_dir():
-        pytest.skip(f"public data folder {folder} is absent")
+    folder = public_data("densing_law")
     return folder / "base_llm_benchmark_eval_until_2024-05.csv", folder / "release_dates.csv"
 
 
@@ -181,9 +179,7 @@ def test_check_5_newer_models_and_saturated_ones(table, tmp_path):
 
 
 def test_check_6_ladder_route(public_data):
-    folder = public_data / "model_ladders"
-    if not folder.is_dir():
-        pytest.skip(f"public data folder {folder} is absent")
+    folder = public_data("model_ladders")
     runs, files = folder / "final_7b_only.json", folder / "ladder-runs"
     chosen = load_config(f"configs/densing.py:fit,runs={runs},folder={files}").fit
     rows = densing_ladder.measure(

@@ -46,10 +46,7 @@ def options(listed="", folder="", **more):
 
 @pytest.fixture(scope="module")
 def folder(public_data):
-    path = public_data / "model_ladders"
-    if not path.is_dir():
-        pytest.skip(f"public data folder {path} is absent")
-    return path
+    return public_data("model_ladders")
 
 
 @pytest.fixture(scope="module")

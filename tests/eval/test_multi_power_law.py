@@ -47,7 +47,7 @@ def optimised_code():
 @pytest.fixture(scope="module")
 def observed(public_data):
     """{size: {curve: Observed}} of the public curves."""
-    folder = public_data / "multi_power_law"
+    folder = public_data("multi_power_law")
 
     def read(size):
         options = options_for(folder / f"csv_{size}")
@@ -129,7 +129,7 @@ def test_check_4_momentum_rows_and_a_table_from_one_command(public_data, tmp_pat
     }
     for size in SIZES:
         options = options_for(
-            public_data / "multi_power_law" / f"csv_{size}", laws=("momentum", "chinchilla"),
+            public_data("multi_power_law", f"csv_{size}"), laws=("momentum", "chinchilla"),
             momentum=(0.995, 0.999), use="0.999", bootstrap=0, leave_out=False,
         )  # fmt: skip
         evaluate = multi_power_law.build(ConfigDict(dict(fit=options, seed=0)))
@@ -159,7 +159,7 @@ def test_check_6_schedule_search(public_data, size):
     assert found.flat_until >= 20_500 and lrs[-1] < 0.02 * 3e-4
     loss = multi_power_law.loss_of_schedule(theta, warmup_sum=rising.sum(), peak=3e-4)
     listed = lr_schedules.read_list(LISTED)
-    official = np.load(public_data / "multi_power_law" / f"optimized_schedule_{size}.npy")
+    official = np.load(public_data("multi_power_law", f"optimized_schedule_{size}.npy"))
     with fitting.float64():
         assert float(loss(official)) == pytest.approx(FINAL[size], abs=1e-5)
         names = ("cosine_24000", "wsd_20000_24000", "wsdld_20000_24000")

@@ -91,7 +91,7 @@ def test_mistakes_name_the_key(tmp_path, options, message):
 
 @pytest.mark.parametrize("size", ["csv_25", "csv_400"])
 def test_constant_rate_curves_are_forecast_within_one_percent(public_data, size):
-    path = public_data / "multi_power_law" / size / "constant_24000.csv"
+    path = public_data("multi_power_law", size, "constant_24000.csv")
     curve = np.genfromtxt(path, delimiter=",", names=True)
     steps, losses = power_law.thin(curve["step"], curve["loss"], 60)
     shown = int(len(steps) * 0.8)

@@ -1,6 +1,5 @@
 """SuperBPE: acceptance checks 1 to 6 of its specification, by number."""
 
-import os
 import random
 import re
 from pathlib import Path
@@ -48,11 +47,8 @@ def story(seed: int, size: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    root = Path(os.environ.get("UNIFLUD_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    if not (root / "superbpe").is_dir():
-        pytest.skip(f"UNIFLUD_DATA={root} has no folder superbpe")
-    return root / "superbpe"
+def folder(public_data) -> Path:
+    return public_data("superbpe")
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +120,12 @@ def test_check_2_bytes_per_token(questions, golden):
         assert abs(value - expected) < 1e-4
 
 
-def test_check_2_bytes_per_token_of_unseen_questions(folder, golden):
-    """The 1,473 questions behind the shared 6,000, one "\\n\\n" behind each, as published."""
+def test_check_2_bytes_per_token_of_unseen_questions(public_data, golden):
+    """The 1,473 questions of openai/grade-school-math behind the shared 6,000, one "\\n\\n" behind
+    each, as published."""
     import json
 
-    path = folder / "gsm8k_train.jsonl"
-    if not path.is_file():
-        pytest.skip(f"{path} (openai/grade-school-math, train.jsonl) is absent")
+    path = public_data("superbpe", "gsm8k_train.jsonl")
     rows = [json.loads(line)["question"] for line in path.read_text("utf-8").splitlines()][6000:]
     size = sum(len(row.encode()) + 2 for row in rows)
     for bpe, patterns, expected in (

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import random
 import signal
 import subprocess
@@ -45,12 +44,8 @@ def config(path, *overrides, **fields):
 
 
 @pytest.fixture(scope="module")
-def questions() -> str:
-    root = Path(os.environ.get("UNIFLUD_DATA", ROOT.parent / "shared" / "data"))
-    path = root / "superbpe" / "gsm8k_questions_train.txt"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    return path.read_text("utf-8")
+def questions(public_data) -> str:
+    return public_data("superbpe", "gsm8k_questions_train.txt").read_text("utf-8")
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path):
