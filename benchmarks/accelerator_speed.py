@@ -13,6 +13,7 @@ from benchmarks.accelerator_checks import mlstm_inputs, mlstm_layers, mlstm_step
 from benchmarks.language import LanguageModel
 from benchmarks.train_step import Step
 from configs.common import load_config
+from eval.flops import count_flops
 from kernels import mlstm as recurrent
 from kernels.attention import MaskSpec
 from kernels.attention.api import IMPLEMENTATIONS
@@ -20,7 +21,6 @@ from kernels.errors import NotSupported
 from models import MODELS
 from models.blocks import losses
 from models.blocks.decoder import SIZES
-from training.flops import count_flops
 from training.metrics import PEAK_FLOPS
 from training.topology import CHIPS
 

@@ -101,7 +101,7 @@ def graded(function, given):
 
 def compiled(topology: str) -> list[dict]:
     """Rows of one chip, or of this machine's CPU for an empty topology."""
-    from training import hlo
+    from eval import hlo
     from training import topology as topologies
 
     if topology:

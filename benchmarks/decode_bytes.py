@@ -4,7 +4,7 @@
 
 The step of --rows rows behind --length tokens (the paper's 128 and 8,192), bfloat16 weights, is
 compiled for one device; its bytes are those of every fusion, kernel and copy, with every turn of
-the scan over layers, that are in the device's memory (training/hlo.py). Beside them: the state that
+the scan over layers, that are in the device's memory (eval/hlo.py). Beside them: the state that
 a row carries along, the least a step can move (weights and state read once), and the dry run's
 estimate of the time. --llama-rows: fewer rows for the Llama, where 128 do not fit the device; its
 bytes at --rows follow, as weights are read once whatever the rows. Nothing runs. Needs the extra

@@ -18,11 +18,11 @@ import numpy as np
 
 from benchmarks import common
 from configs.common import load_config
+from eval.flops import count_flops
 from inference import unified
 from inference.diffusion import draw_noise, guidance_weights, spaced, step_coefficients
 from models import MODELS
 from models.blocks import diffusion_head as dh
-from training.flops import count_flops
 
 
 def without_head(model):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling [--config=configs/uniflud.py] [--out=FILE]
 
-FLOPs are counted through loops (training/flops.py); bytes of temporaries and of arguments are the
+FLOPs are counted through loops (eval/flops.py); bytes of temporaries and of arguments are the
 compiler's, per device; collectives are read from the compiled program. Seconds are medians of runs
 in turns. Virtual devices share the processor: their rows show how work, memory and traffic divide,
 not a speed. `repeats` compares 1 and 4 diffusion repeats per token, `vocabulary` the loss in slices
@@ -24,10 +24,10 @@ import numpy as np
 from benchmarks import common
 from benchmarks.train_step import Step
 from configs.common import load_config
+from eval.flops import count_flops
 from inference import unified
 from models import MODELS, unifluid
 from models.blocks.losses import plain_cross_entropy
-from training.flops import count_flops
 from training.sharding import scope
 
 ROOT = Path(__file__).resolve().parents[1]

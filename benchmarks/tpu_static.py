@@ -66,7 +66,8 @@ def one(args) -> list[dict]:
     """Rows of one op on one chip."""
     import jax
 
-    from training import hlo, topology
+    from eval import hlo
+    from training import topology
 
     where = topology.parse(args.topology)
     device = topology.devices(where)[0]

@@ -3,9 +3,9 @@
 import jax
 
 from benchmarks import common
+from eval import hlo
+from eval.flops import count_flops
 from models import MODELS
-from training import hlo
-from training.flops import count_flops
 from training.objectives import OBJECTIVES
 from training.sharding import global_batch, make_mesh, scope
 from training.state import INIT, create, key_for, plan

@@ -2,7 +2,7 @@
 
 Decoding is measured on one row behind a prompt that fills config.evaluation.contexts tokens but for
 the STEPS that are timed: bytes of the state, median milliseconds a token on this machine, and
-bytes that the compiled step reads and writes in all its layers (training/hlo.py), which do not
+bytes that the compiled step reads and writes in all its layers (eval/hlo.py), which do not
 depend on the machine's load.
 """
 
@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval import common
-from training import hlo
+from eval import common, hlo
 
 STEPS, WARM = 32, 4
 

@@ -2,7 +2,7 @@
 
 Per-token losses do not compare across tokenizers, since tokens differ in length; their spread does,
 and so do floating-point operations: of the training so far, of one token, of one byte. A model's
-forward pass is counted from its jaxpr (training/flops.py), a token at the mean position of a
+forward pass is counted from its jaxpr (eval/flops.py), a token at the mean position of a
 window; a training step is three times that.
 """
 
@@ -12,19 +12,11 @@ import numpy as np
 
 from eval import common
 from eval.bits_per_byte import byte_lengths
+from eval.flops import count_flops
 from input_pipeline import documents, text
-from training.flops import count_flops
 
 EASY = 0.1  # nats: a token that the model was nearly sure of
 QUANTILES = (10, 50, 90)
-
-
-def token_nll(logits, batch):
-    """(nats [b, t - 1], whether the target counts) of every next token of its own document."""
-    tokens, segments = batch["tokens"], batch["segment_ids"]
-    scores = jax.nn.log_softmax(logits(batch)[:, :-1], axis=-1)
-    nll = -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
-    return nll, (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
 
 
 def build(config):
@@ -34,14 +26,14 @@ def build(config):
     def evaluate(model, params, *, step, rng, workdir):
         windows, tokenizer, _ = text.windows(config.data, options.held_out)
         rows = min(options.windows, len(windows.tokens))
-        logits = model.predict["logits"]
+        logits, losses = common.need(model, "logits"), common.need(model, "token_nll")
 
-        def losses(batch):
-            nll, counts = token_nll(lambda b: logits(params, b), batch)
-            return jnp.where(counts, nll, jnp.nan)
+        def read(index):
+            batch = {k: np.asarray(v[index]) for k, v in windows._asdict().items()}
+            nll, counts = losses(params, batch)
+            return jnp.where(counts > 0, nll, jnp.nan)[:, :-1]
 
-        pick = lambda index: {k: np.asarray(v[index]) for k, v in windows._asdict().items()}  # noqa: E731
-        nll = common.in_batches(jax.jit(losses), rows, min(options.batch, 16), pick)
+        nll = common.in_batches(read, rows, options.batch, lambda index: index)
         size = byte_lengths(tokenizer)[np.asarray(windows.tokens[:rows, 1:])][~np.isnan(nll)]
         nll = nll[~np.isnan(nll)]
         each = {

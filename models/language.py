@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from models import Model, sized
+from models.blocks import losses
 from models.blocks.common import constrain
-from models.blocks.losses import row_nll, token_nll
 
 CHECKED = ("recall", "needle")  # data sets whose batches say which targets count
 
@@ -102,15 +102,8 @@ def loss(net: Net, params, extra, batch, rng, *, step, norms, z_loss: float = 0.
     z_loss times the mean square of the log-normaliser is added (OLMo 2: 1e-5); metric "loss" is
     without it.
     """
-    hidden = read(net, params, batch)
-    targets, weights = next_tokens(batch)
-    nll, correct, logsumexp = token_nll(
-        hidden.reshape(-1, hidden.shape[-1]),
-        apply(net, params, method="table"),
-        targets.reshape(-1),
-        softcap=net.softcap,
-    )
-    mean = lambda x: jnp.sum(x * weights.reshape(-1)) / norms["text"]  # noqa: E731
+    nll, correct, logsumexp, weights = _scored(net, params, batch)
+    mean = lambda x: jnp.sum(x * weights) / norms["text"]  # noqa: E731
     total, metrics = mean(nll), {"loss": mean(nll), "accuracy": mean(correct)}
     if z_loss:
         metrics["z"] = mean(jnp.square(logsumexp))
@@ -118,11 +111,29 @@ def loss(net: Net, params, extra, batch, rng, *, step, norms, z_loss: float = 0.
     return total, (metrics, extra)
 
 
+def _scored(net: Net, params, batch) -> tuple[Float[Array, "b t"], ...]:
+    """losses.token_nll of every position's next token, and the weights of those targets."""
+    hidden = read(net, params, batch)
+    targets, weights = next_tokens(batch)
+    found = losses.token_nll(
+        hidden.reshape(-1, hidden.shape[-1]),
+        apply(net, params, method="table"),
+        targets.reshape(-1),
+        softcap=net.softcap,
+    )
+    return *(x.reshape(weights.shape) for x in found), weights
+
+
+def token_nll(net: Net, params, batch) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """(nats of every position's next token, whether that is a target)."""
+    nll, _, _, weights = _scored(net, params, batch)
+    return nll, weights
+
+
 def text_nll(net: Net, params, batch) -> dict[str, Float[Array, "b"]]:
     """Sums per row over its targets: nll (nats), correct, count."""
-    hidden = read(net, params, batch)
-    table = apply(net, params, method="table")
-    return row_nll(hidden, table, *next_tokens(batch), softcap=net.softcap)
+    nll, correct, _, weights = _scored(net, params, batch)
+    return losses.row_sums(nll, correct, weights)
 
 
 def prefill(net: Net, params, tokens, length, state) -> tuple[Float[Array, "b v"], Any]:
@@ -161,7 +172,8 @@ def predict(net: Net, init_state: Callable, **more: Callable) -> dict[str, Calla
     def logits(params, batch):
         return apply(net, params, read(net, params, {"segment_ids": None} | batch), method="logits")
 
-    functions = dict(text_nll=text_nll, prefill=prefill, extend=extend, rounded=rounded)
+    functions = dict(text_nll=text_nll, token_nll=token_nll, rounded=rounded)
+    functions |= dict(prefill=prefill, extend=extend)
     functions |= dict(init_state=init_state, **more)
     return {name: functools.partial(f, net) for name, f in functions.items()} | {"logits": logits}
 

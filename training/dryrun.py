@@ -83,7 +83,7 @@ def measure(config, name: str) -> dict[str, Any]:
     """Everything the table shows, as plain numbers; jax must be running on the CPU."""
     import jax
 
-    from training import flops
+    from eval import flops
     from training.sharding import scope
     from training.state import count
 
@@ -142,7 +142,7 @@ def _speed(compiled, executed: int, result: dict, topology, accumulate: int) -> 
 
     moved_bytes: what one device reads and writes of its memory in a step (hlo.Program.moved).
     """
-    from training import flops, hlo
+    from eval import flops, hlo
 
     if compiled is None:
         nothing = dict.fromkeys(("estimated_step_seconds", "estimated_mfu", "moved_bytes"))
@@ -200,7 +200,7 @@ def _build(config, mesh) -> Built:
 
 def _model_flops(config, mesh) -> int:
     """FLOPs without recomputation: the same step traced with remat off."""
-    from training.flops import jaxpr_flops
+    from eval.flops import jaxpr_flops
     from training.sharding import scope
 
     config = config.copy_and_resolve_references()
@@ -296,8 +296,8 @@ def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
     """
     import jax
 
+    from eval import flops, hlo
     from export.functions import functions
-    from training import flops, hlo
 
     found = functions(built.model, config, built.plan.params)
     name = next((n for n in SAMPLER_STEPS if n in found), None)

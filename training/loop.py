@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from eval.flops import count_flops
 from models import MODELS
 from training import init_from, metrics, state
 from training.checkpoint import Checkpoints
-from training.flops import count_flops
 from training.frozen import save_frozen
 from training.objectives import OBJECTIVES
 from training.preemption import Preempted, Watch

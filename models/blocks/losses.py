@@ -63,6 +63,13 @@ def row_nll(
         hidden.reshape(-1, hidden.shape[-1]), table, targets.reshape(-1), softcap=softcap
     )
     nll, correct, _ = (x.reshape(weights.shape) for x in found)
+    return row_sums(nll, correct, weights)
+
+
+def row_sums(
+    nll: Float[Array, "b t"], correct: Float[Array, "b t"], weights: Float[Array, "b t"]
+) -> dict[str, Float[Array, "b"]]:
+    """Weighted sums per row: nll, correct, count."""
     return {
         "nll": (nll * weights).sum(1),
         "correct": (correct * weights).sum(1),

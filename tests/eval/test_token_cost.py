@@ -9,10 +9,16 @@ import pytest
 
 from eval import bits_per_byte, token_cost
 from input_pipeline import documents, text, tokenizers
+from models import language
 
 
 def measured(config, logits, params=None, step=7):
-    model = SimpleNamespace(predict={"logits": logits})
+    def token_nll(params, batch):
+        after, counts = language.next_tokens(batch)
+        scores = jax.nn.log_softmax(logits(params, batch))
+        return -jnp.take_along_axis(scores, after[..., None], axis=-1)[..., 0], counts
+
+    model = SimpleNamespace(predict={"logits": logits, "token_nll": token_nll})
     build = token_cost.build(config)
     return build(model, params, step=step, rng=jax.random.key(0), workdir=".")
 

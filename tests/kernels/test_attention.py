@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
+from eval.flops import count_flops
 from kernels.attention import MaskSpec, api, attention, ref, xla
 from kernels.errors import NotSupported
-from training.flops import count_flops
 
 # (B, T, S, H, G, K, V): one query, odd lengths, D = 1 and 130, multi-query, V unlike K.
 SHAPES = [

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eval.flops import count_flops
 from kernels.attention import MaskSpec, attention, gpu, ref, tpu
 from kernels.errors import NotSupported
 from tests.kernels.seven_checks import abstract_on, in_a_process
 from tests.kernels.test_attention import HYMBA, close, tensors
-from training.flops import count_flops
 
 # (B, T, S, H, G, K, V): one query, odd lengths, widths 1 and 130, multi-query, V unlike K.
 SHAPES = [

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from configs.common import load_config
+from eval.flops import count_flops
 from inference import beam, unified
 from input_pipeline import layout
 from models import MODELS, unifluid
 from models.blocks import diffusion_head as dh
 from models.unifluid import UniFluid
 from tests.models.unifluid_case import batch_of, params_of, randomised, tiny_config
-from training.flops import count_flops
 
 
 @pytest.fixture(scope="module")

@@ -237,6 +237,9 @@ def test_the_loss_is_the_mean_over_targets():
     z = (jnp.square(jax.nn.logsumexp(logits, -1)) * weights).sum() / 17
     np.testing.assert_allclose(more, value + 0.1 * z, rtol=1e-5)
     assert metrics["loss"] == value
+    nll, counts = language.token_nll(net, params, batch)
+    for got, want in (((nll * counts).sum(1), sums["nll"]), (counts.sum(1), sums["count"])):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_check_12_the_7b_schedule():

@@ -11,8 +11,9 @@ import pytest
 
 import models
 from configs.common import base, load_config
+from eval import hlo
 from models import Model
-from training import dryrun, hlo, topology
+from training import dryrun, topology
 
 TPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is absent: pip install -e '.[aot]'"

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from training import hlo, topology
+from eval import hlo
+from training import topology
 
 LAYERS, ROWS, WIDTH = 5, 64, 256
 MODULE = """HloModule m

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
-from training.flops import count_flops, mfu
+from eval.flops import count_flops, mfu
 
 BATCH, WIDTH, LAYERS = 4, 8, 5
 MATMUL = 2 * BATCH * WIDTH * WIDTH
