@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from eval import common
+from eval.scaling.report import figure as figure_at
 from input_pipeline import text
 from kernels.attention import MaskSpec
 
@@ -55,21 +56,17 @@ def shares(
 
 def draw(path: Path, table: Float[np.ndarray, "layers 5"]) -> None:
     """Shares as stacked bars, entropy as a line, layer by layer."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3), layout="constrained")
-    axes, base = figure.add_subplot(), np.zeros(len(table))
-    layers = np.arange(len(table))
-    for place, share in zip(PLACES, table.T):
-        axes.bar(layers, share, bottom=base, label=place, width=0.7)
-        base = base + share
-    axes.set(xlabel="attending layer", ylabel="share of attention", xticks=layers, ylim=(0, 1))
-    right = axes.twinx()
-    right.plot(layers, table[:, 4], "k.-", label="entropy")
-    right.set_ylabel("entropy (nats)")
-    figure.legend(loc="outside upper center", ncols=5, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    layers, base = np.arange(len(table)), np.zeros(len(table))
+    with figure_at(path, size=(5, 3)) as figure:
+        axes = figure.add_subplot()
+        for place, share in zip(PLACES, table.T):
+            axes.bar(layers, share, bottom=base, label=place, width=0.7)
+            base = base + share
+        axes.set(xlabel="attending layer", ylabel="share of attention", xticks=layers, ylim=(0, 1))
+        right = axes.twinx()
+        right.plot(layers, table[:, 4], "k.-", label="entropy")
+        right.set_ylabel("entropy (nats)")
+        figure.legend(loc="outside upper center", ncols=5, fontsize=8)
 
 
 @functools.lru_cache(maxsize=8)

@@ -21,7 +21,6 @@ from eval.scaling.fitting import Fit
 
 OK, CEILING, CHANCE, OUTSIDE = "", "above reference ceiling", "at chance", "outside fitted range"
 LOSS = ("ln a", "alpha", "ln b", "beta")
-PERFORMANCE = ("c", "gamma", "l", "d")
 FAMILY = ("c", "g", "l")
 
 
@@ -149,24 +148,6 @@ def fit_loss(n, d, y) -> Fit:
     return fitting.least_squares(
         _loss_residuals, starts, args=(n, d, y), names=LOSS, bounds=bounds, **exact
     )
-
-
-def performance(theta: Float[Array, "4"], loss: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """S(L) from (c, gamma, l, d)."""
-    return theta[0] * jax.nn.sigmoid(theta[1] * (loss - theta[2])) + theta[3]
-
-
-def fit_performance(loss, score) -> Fit:
-    """Least squares of scores over well-trained models; the ceiling is at most 1."""
-    loss, score = np.asarray(loss, np.float64), np.asarray(score, np.float64)
-    spread = max(float(np.ptp(loss)), 1e-6)
-    starts = [
-        (-0.8, slope / spread, middle, min(1.0, float(score.max()) + 0.1))
-        for slope in (2.0, 6.0, 15.0)
-        for middle in np.quantile(loss, (0.1, 0.5, 0.9))
-    ]
-    bounds = [(-1.0, 0.0), (0.0, None), (None, None), (0.0, 1.0)]
-    return fitting.curve_fit(performance, loss, score, starts, names=PERFORMANCE, bounds=bounds)
 
 
 def family_law(theta: Float[Array, "3"], log_n: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -6,6 +6,7 @@ reference would need for the same loss after the same tokens, over its own size.
 should come back as it is. Writes densing.md, densing.json and densing.png.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -117,13 +118,7 @@ def _law_text(seed: Seed) -> str:
     )
 
 
-def _spread(values) -> str:
-    values = np.asarray(values, float)
-    if not np.isfinite(values).all():
-        kept = values[np.isfinite(values)]
-        text = f"{kept.mean():.3g} in {len(kept)}, " if len(kept) else ""
-        return f"{text}{len(values) - len(kept)} infinite"
-    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+_spread = functools.partial(report.spread, mean=".3f", deviation=".3f")
 
 
 def write(workdir, seeds: dict[str, Seed], tasks, reference: str) -> dict[str, float]:

@@ -9,6 +9,7 @@ are meant to: OLMo's E = 0), but the Fit says so in `problems`, and every report
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -17,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
+
+from eval.common import jitted
 
 AT_BOUND = 1e-6  # distance to a bound, of the bound's or the parameter's size, that counts as there
 SAME_COST = 1e-4  # relative difference of costs of starts that found the same minimum
@@ -127,7 +130,7 @@ def least_squares(
     found = []
     with float64():
         args = tuple(jax.tree.map(jnp.asarray, a) for a in args)
-        function, jacobian = _jitted(residuals), _jacobian(residuals)
+        function, jacobian = jitted(residuals), _jacobian(residuals)
         low_high = (-np.inf, np.inf)
         if bounds is not None:
             low_high = (
@@ -179,26 +182,16 @@ def _is_at(value: float, bound) -> bool:
 
 
 # One compiled function per law and shape, whoever fits it and however often.
-_CACHE: dict[tuple, Callable] = {}
-
-
-def _cached(kind: str, function: Callable, make: Callable) -> Callable:
-    if (kind, function) not in _CACHE:
-        _CACHE[kind, function] = make(function)
-    return _CACHE[kind, function]
-
-
+@functools.cache
 def _value_and_grad(loss: Callable) -> Callable:
-    return _cached("value_and_grad", loss, lambda f: jax.jit(jax.value_and_grad(f)))
+    return jax.jit(jax.value_and_grad(loss))
 
 
-def _jitted(function: Callable) -> Callable:
-    return _cached("jit", function, jax.jit)
-
-
+@functools.cache
 def _jacobian(function: Callable) -> Callable:
-    return _cached("jacobian", function, lambda f: jax.jit(jax.jacfwd(f)))
+    return jax.jit(jax.jacfwd(function))
 
 
+@functools.cache
 def _against(form: Callable) -> Callable:
-    return _cached("against", form, lambda f: lambda theta, x, y: f(theta, x) - y)
+    return lambda theta, x, y: form(theta, x) - y

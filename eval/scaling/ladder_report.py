@@ -130,15 +130,10 @@ def _seeds_table(ladders: dict[str, Ladder]) -> str:
                     points.append(100 * (p["score"] - true.score[name]))
                     inside.append(p["interval"].low <= true.score[name] <= p["interval"].high)
             if relative:
-                rows.append([target.name, name, _spread(relative), _spread(points),
-                             f"{sum(inside)} of {len(inside)}"])  # fmt: skip
+                both = (report.spread(x, "+.2f", ".2f") for x in (relative, points))
+                rows.append([target.name, name, *both, f"{sum(inside)} of {len(inside)}"])
     columns = ("target", "task", "loss error, %", "score error, points", "inside the interval")
     return "## Over the seeds\n\n" + report.markdown_table(columns, rows) if rows else ""
-
-
-def _spread(values) -> str:
-    sd = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{np.mean(values):+.2f} ± {sd:.2f}"
 
 
 def write(workdir, ladders: dict[str, Ladder]) -> dict[str, float]:

@@ -14,11 +14,11 @@ the warm-up included (form "code", what the authors' code computes), or from the
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.signal import lfilter
 
+from eval.common import jitted
 from eval.scaling import fitting
 from eval.scaling.lr_schedules import Schedule
 
@@ -186,20 +186,20 @@ CHINCHILLA = Law(
 LAWS = {law.name: law for law in (MULTI_POWER, MOMENTUM, CHINCHILLA)}
 
 
-def _objective(law: Law) -> Callable:
-    """Sum over curves and points of weight * Huber(ln predicted - ln observed), theta in logs."""
-
-    def loss(log_theta, features, log_losses, weights):
-        theta, total = jnp.exp(log_theta), 0.0
-        for f, y, w in zip(features, log_losses, weights):
-            predicted = jnp.maximum(law.predict(theta, f), 1e-10)
-            total += (w * fitting.huber(jnp.log(predicted) - y, HUBER_DELTA)).sum()
-        return total
-
-    return loss
+def huber_sum(law: Law, theta, features, log_losses, weights):
+    """Sum over curves and points of weight * Huber(ln predicted - ln observed)."""
+    total = 0.0
+    for f, y, w in zip(features, log_losses, weights):
+        predicted = jnp.maximum(law.predict(theta, f), 1e-10)
+        total += (w * fitting.huber(jnp.log(predicted) - y, HUBER_DELTA)).sum()
+    return total
 
 
-_OBJECTIVES = {law.name: _objective(law) for law in LAWS.values()}
+def _in_logs(law: Law) -> Callable:
+    return lambda log_theta, *args: huber_sum(law, jnp.exp(log_theta), *args)
+
+
+_OBJECTIVES = {law.name: _in_logs(law) for law in LAWS.values()}
 
 
 def objective_args(law: Law, observed: Sequence[Observed], options: Options, weights=None):
@@ -266,7 +266,7 @@ def predict(
     features = law.features(schedule, index, options)
     sized = max(1, chunk // max(len(features[-1]), 1)) if law is MULTI_POWER else len(index)
     with fitting.float64():
-        run = fitting._jitted(law.predict)
+        run = jitted(law.predict)
         theta = jnp.asarray(theta, jnp.float64)
         if law is not MULTI_POWER:
             return np.asarray(run(theta, features))
@@ -321,8 +321,3 @@ def scores(predicted, losses) -> dict[str, float]:
 def mean_scores(rows: Sequence[dict]) -> dict[str, float]:
     """The average over curves of every score."""
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-
-
-def vmapped(law: Law) -> Callable:
-    """predict over a batch of parameters [s, p] -> [s, n]."""
-    return fitting._cached("vmap", law.predict, lambda f: jax.jit(jax.vmap(f, (0, None))))

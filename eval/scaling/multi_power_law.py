@@ -15,7 +15,6 @@ import numpy as np
 
 from eval.scaling import (
     curves,
-    fitting,
     intervals,
     laws,
     lr_schedules,
@@ -273,6 +272,3 @@ def _chosen(rows: list[Row], use: str) -> Row:
     raise ValueError(
         f"config.fit.use={use!r} must be part of one of {'; '.join(r.label for r in rows)}"
     )
-
-
-__all__ = ["build", "fitting", "loss_of_schedule"]

@@ -81,11 +81,6 @@ def logs(workdir: Path, names) -> dict[str, dict]:
     return found
 
 
-def _spread(values) -> str:
-    spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{spread}"
-
-
 def _sections(found: dict) -> list[str]:
     rows, seeds = found["seeds"], list(found["seeds"])
     labels = next(iter(rows.values()))["relative_error"]
@@ -100,7 +95,7 @@ def _sections(found: dict) -> list[str]:
     last.append((BEST, *(f"{100 * rows[s]['best_error']:+.2f} %" for s in seeds)))
     finals = [
         (name, *(f"{rows[s]['finals'][name]:.4f}" for s in seeds),
-         _spread([rows[s]["finals"][name] for s in seeds]))
+         report.spread([rows[s]["finals"][name] for s in seeds]))
         for name in next(iter(rows.values()))["finals"]
     ]  # fmt: skip
     claims = [

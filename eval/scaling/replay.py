@@ -6,6 +6,7 @@ B hardly moves from where the crude law put it: the early stop is the regularisa
 kept are those after the update of the best step, whose loss was measured before it.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -67,12 +68,11 @@ def replay(
     crude = crude_start(observed, weights)
     args = laws.objective_args(laws.MULTI_POWER, observed, laws.Options(merge=merge), weights)
     with fitting.float64():
-        step, state = _step(), None
         theta = jnp.concatenate([jnp.asarray(crude), jnp.asarray([1.0, 0.5, 0.5])])
         best, kept, since, at = np.inf, theta, 0, 0
         state = _optimizer().init(tuple(theta))
         for at in range(steps):
-            value, norm, theta, state = step(theta, state, *args)
+            value, norm, theta, state = _step(theta, state, *args)
             value = float(value)
             improved = value < best
             since = 0 if improved else since + 1
@@ -91,19 +91,12 @@ def _optimizer():
     return optax.multi_transform(tx, GROUPS)
 
 
-def _natural(theta, features, log_losses, weights):
-    """laws' objective at natural parameters, which AdamW moves as they are."""
-    total = 0.0
-    for f, y, w in zip(features, log_losses, weights):
-        predicted = jnp.maximum(laws.MULTI_POWER.predict(theta, f), 1e-10)
-        total += (w * fitting.huber(jnp.log(predicted) - y, laws.HUBER_DELTA)).sum()
-    return total
+# At natural parameters, which AdamW moves as they are.
+_natural = functools.partial(laws.huber_sum, laws.MULTI_POWER)
 
 
-def _step():
-    def step(theta, state, *args):
-        value, gradient = jax.value_and_grad(_natural)(theta, *args)
-        updates, state = _optimizer().update(tuple(gradient), state, tuple(theta))
-        return value, jnp.linalg.norm(gradient), theta + jnp.stack(updates), state
-
-    return fitting._cached("step", _natural, lambda _: jax.jit(step))
+@jax.jit
+def _step(theta, state, *args):
+    value, gradient = jax.value_and_grad(_natural)(theta, *args)
+    updates, state = _optimizer().update(tuple(gradient), state, tuple(theta))
+    return value, jnp.linalg.norm(gradient), theta + jnp.stack(updates), state

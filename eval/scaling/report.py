@@ -30,6 +30,18 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence], digits: int
     return "\n".join(lines) + "\n"
 
 
+def spread(values: Sequence[float], mean: str = ".4f", deviation: str = ".2g") -> str:
+    """Mean ± sample standard deviation (not of one value), by format specifications; values that
+    are not finite are counted and left out of the mean."""
+    finite = [v for v in map(float, values) if math.isfinite(v)]
+    if not finite:
+        return f"{len(values)} infinite"
+    text = f"{np.mean(finite):{mean}}"
+    if len(finite) < len(values):
+        return f"{text} in {len(finite)}, {len(values) - len(finite)} infinite"
+    return f"{text} ± {np.std(finite, ddof=1):{deviation}}" if len(finite) > 1 else text
+
+
 def plain(value: Any) -> Any:
     """Arrays, intervals and infinities as what JSON can hold (null for what is not finite)."""
     if hasattr(value, "_asdict"):

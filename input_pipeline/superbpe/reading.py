@@ -2,7 +2,7 @@
 
 An input is a name (gcide, stdlib, docs, captions, catalogues) or a path, optionally after
 "DOMAIN=": .txt and any other text file, .jsonl with a "text" key, each also .gz, .array_record,
-a folder of a TFDS set, a folder of all these. Nothing is held but one document; `sample` keeps a
+a folder of a TFDS set, a folder of all these. Nothing is held but one document; a `Sample` keeps a
 bounded, reproducible part of a stream of any length.
 """
 
@@ -214,23 +214,31 @@ def _tfds(path: Path) -> Iterator[str]:
             yield source[index]["text"].decode()
 
 
-def sample(texts: Iterable[tuple[str, str]], limit: int, seed: int) -> list[tuple[str, str]]:
-    """(domain, text) of at most `limit` bytes, the same whatever the order of the stream.
+class Sample:
+    """At most `limit` bytes of the documents that are added, the same in whatever order they come.
 
-    Keeps the documents whose hash is smallest; memory is bounded by the limit. 0: keeps all.
+    Keeps those whose hash is smallest; memory is bounded by the limit. 0: keeps all.
     """
-    kept: list[tuple[float, str, str]] = []
-    size, full = 0, False
-    for domain, text in texts:
-        share = _share(text, f"{seed} ") if limit else 0.0
-        if not limit:
-            kept.append((-len(kept), domain, text))
-            continue
-        if full and share >= -kept[0][0]:
-            continue
-        heapq.heappush(kept, (-share, domain, text))
-        size += len(text.encode())
-        while size > limit and len(kept) > 1:
-            size -= len(heapq.heappop(kept)[2].encode())
-            full = True
-    return [(domain, text) for _, domain, text in sorted(kept, reverse=True)]
+
+    def __init__(self, limit: int, seed: int):
+        self.limit, self.seed = limit, seed
+        self.kept: list[tuple[float, str, str]] = []
+        self.size, self.full = 0, False
+
+    def add(self, domain: str, text: str) -> None:
+        """One more document."""
+        if not self.limit:
+            self.kept.append((-len(self.kept), domain, text))
+            return
+        share = _share(text, f"{self.seed} ")
+        if self.full and share >= -self.kept[0][0]:
+            return
+        heapq.heappush(self.kept, (-share, domain, text))
+        self.size += len(text.encode())
+        while self.size > self.limit and len(self.kept) > 1:
+            self.size -= len(heapq.heappop(self.kept)[2].encode())
+            self.full = True
+
+    def texts(self) -> list[tuple[str, str]]:
+        """(domain, text) of what is kept."""
+        return [(domain, text) for _, domain, text in sorted(self.kept, reverse=True)]

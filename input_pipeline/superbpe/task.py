@@ -62,15 +62,20 @@ def _hash(*parts) -> str:
 
 
 def corpus(config, workdir: Path) -> Corpus:
-    """Reads the inputs once: a sample in memory, or count files on disk."""
+    """Reads the inputs once: a sample in memory, or count files on disk, which take a pass each."""
     data, options = config.data, config.data.superbpe
-    limits = [int(mb * 2**20) for mb in (options.sample_mb, options.held_out_mb)]
-    documents = lambda held: (  # noqa: E731
-        (d.domain, d.text) for d in reading.stream(data) if d.held_out == held
+    training, testing = (
+        reading.Sample(int(mb * 2**20), config.seed)
+        for mb in (options.sample_mb, options.held_out_mb)
     )
-    held = reading.sample(documents(True), limits[1], config.seed)
+    for d in reading.stream(data):
+        if d.held_out:
+            testing.add(d.domain, d.text)
+        elif options.count == "memory":
+            training.add(d.domain, d.text)
+    held = testing.texts()
     if options.count == "memory":
-        texts = reading.sample(documents(False), limits[0], config.seed)
+        texts = training.texts()
         if not texts:
             raise ValueError("config.data.superbpe.inputs hold no text to train on")
         key = _hash(*(part.encode() for row in texts for part in row))
@@ -86,19 +91,25 @@ def corpus(config, workdir: Path) -> Corpus:
             found[patterns] = _beam(data, patterns, out)
         else:
             if not out.exists():
-                counting.count(_told(documents(False)), patterns, out, options.count_memory_mb)
+                counting.count(_told(_training(data)), patterns, out, options.count_memory_mb)
             found[patterns] = [out]
     sizes = [(p.name, p.stat().st_size) for parts in found.values() for p in parts]
-    measured = held or reading.sample(documents(False), limits[1], config.seed)
-    return Corpus([], measured, _name(held), found, _hash(sizes))
+    if not held:
+        for d in _training(data):
+            testing.add(d.domain, d.text)
+    return Corpus([], testing.texts(), _name(held), found, _hash(sizes))
 
 
-def _told(documents: Iterable[tuple[str, str]]) -> Iterator[str]:
+def _training(data) -> Iterator[reading.Document]:
+    return (d for d in reading.stream(data) if not d.held_out)
+
+
+def _told(documents: Iterable[reading.Document]) -> Iterator[str]:
     """The texts, telling how much was read."""
     bar, read = Bar("counting", "characters"), 0
-    for _, text in documents:
-        yield text
-        read += len(text)
+    for d in documents:
+        yield d.text
+        read += len(d.text)
         bar.tell(read, 0)
 
 
