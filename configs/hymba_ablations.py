@@ -11,6 +11,7 @@ Leaves report.md, report.json and report.png in the workdir.
 | variant | compares by | expected sign |
 | --- | --- | --- |
 | (none), recall | associative recall: 4 keys with values in 32 tokens | Mamba far below the rest |
+| state | recall, Hymba and Mamba of one size, one number of state a channel | Mamba clearly lower |
 | needle | 4 keys with values in 256 tokens, windows of 8 | all windows far below two global |
 | text | bits per byte, bytes of the state, tokens a second | side by side >= one after the other |
 | meta | share of attention on the first token, entropy | both fall with meta tokens |
@@ -47,7 +48,7 @@ GROUPS = {
 
 def get_config(arg=""):
     """The list of runs of one comparison."""
-    variant = common.parse_arg(arg, ("recall", "needle", "text", "meta", "debug")).variant
+    variant = common.parse_arg(arg, ("recall", "state", "needle", "text", "meta", "debug")).variant
     short = (f"{NODE}size=debug", f"{NODE}window=64", "sample.prompts=()")
     short += ("steps=300", "schedule.decay=60")
     if variant == "meta":
@@ -63,5 +64,9 @@ def get_config(arg=""):
     if variant == "debug":
         few = {name: GROUPS[name] for name in ("mamba", "+ meta tokens")}
         return ablation("configs/recall.py:debug,model=hymba", few, (), columns, (0,))
+    if variant == "state":
+        matched = (*GROUPS["mamba"], f"{NODE}mlp=175")  # 244,824 parameters; Hymba has 244,568
+        pair = {"Hymba": GROUPS["+ meta tokens"], "Mamba": matched}
+        return ablation("configs/recall.py:model=hymba", pair, (f"{NODE}state=1",), columns)
     task = "needle,model=hymba" if variant == "needle" else "model=hymba"
     return ablation(f"configs/recall.py:{task}", GROUPS, (), columns)

@@ -26,7 +26,7 @@ from configs.xlstm import CELL, OPTIMIZER
 # Fields that configs/xlstm_ablations.py and configs/hymba_ablations.py change are spelled out.
 MODELS = {
     "xlstm": CELL,
-    "hymba": HEADS | dict(meta=8, window=8, global_layers=(0, 3), groups=((1, 2),)),
+    "hymba": HEADS | dict(mlp=128, meta=8, window=8, global_layers=(0, 3), groups=((1, 2),)),
     "mamba": dict(layers=4),
     "llama": dict(layers=4),
 }
