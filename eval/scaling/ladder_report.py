@@ -200,6 +200,7 @@ def _plot_loss(axes, laws, predictions, targets):
         if name in target.loss:
             axes.plot(target.d, target.loss[name], "*", color="tab:red")
     axes.set(xscale="log", xlabel="tokens", title=name)
+    axes.xaxis.set_minor_formatter("")  # labels of 2, 3, 4 x 10^n run into each other
     axes.set_ylabel("bits per byte", fontsize=8)
     axes.legend(fontsize=6, title="N", title_fontsize=6)
 
