@@ -46,7 +46,7 @@ def _shape(s, total: int) -> Callable:
 
             return cosine
         case "wsd":
-            return _wsd(s, last)
+            return _wsd(s, total)
         case "exp_linear":
             if s.rate_steps <= s.warmup:
                 raise ValueError(
@@ -107,8 +107,10 @@ def _to_zero(step, total: int, decay: int):
     return jnp.clip((total - step) / max(decay, 1), 0.0, 1.0)
 
 
-def _wsd(s, last: int) -> Callable:
-    """Warm-up, stable, decay over the last s.decay steps by s.shape."""
+def _wsd(s, total: int) -> Callable:
+    """Warm-up, stable, decay over the last s.decay steps by s.shape. With s.cycles the rate falls
+    towards each of those steps too and is at its peak again from it on: WSD-S, Wen et al.,
+    arXiv 2410.05192, which continues from the decayed weights."""
     match s.shape:
         case "linear":
             fall = lambda x: 1 - (1 - s.final) * x  # noqa: E731
@@ -124,5 +126,21 @@ def _wsd(s, last: int) -> Callable:
             raise ValueError(
                 f"config.schedule.shape={other!r} must be one of linear, exponential, sqrt"
             )
-    start = max(last - s.decay, s.warmup)
-    return lambda step: fall(jnp.clip((step - start) / max(last - start, 1), 0.0, 1.0))
+    begins, ends = (s.warmup, *s.cycles), (*s.cycles, total)
+    if list(begins) != sorted(begins) or (s.cycles and s.cycles[-1] >= total):
+        raise ValueError(
+            f"config.schedule.cycles={s.cycles} must rise from warmup={s.warmup} to below "
+            f"config.steps={total}"
+        )
+
+    def wsd(step):
+        level = 1.0
+        for begin, end in zip(begins, ends, strict=True):
+            # The last update of a cycle runs at step end - 1; `final` is reached there.
+            last = max(end - 1, 1)
+            start = max(last - s.decay, begin)
+            x = jnp.clip((step - start) / max(last - start, 1), 0.0, 1.0)
+            level = jnp.where(step >= begin, fall(x), level)
+        return level
+
+    return wsd

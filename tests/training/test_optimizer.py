@@ -58,6 +58,15 @@ def test_wsd(shape, fall):
     assert clamped[9] == 2.0 and np.all(np.diff(clamped[10:]) < 0)
 
 
+def test_wsd_cycles():
+    """WSD-S: a run of 40 steps that goes on to 100 at the peak, decaying before both ends."""
+    short = lrs(steps=40, name="wsd", warmup=10, decay=20, final=0.1)
+    found = lrs(name="wsd", warmup=10, decay=20, final=0.1, cycles=(40,))
+    assert_close(found[:40], short)
+    assert_close(found[40:79], 2.0)
+    assert_close(found[79:], 2.0 * (1 - 0.9 * np.arange(21) / 20))
+
+
 def test_exp_linear():
     """xLSTM-7B: from the peak at 3 to 0.1 of it at 500 and on to step 540, then linear to zero."""
     found = lrs(steps=550, name="exp_linear", warmup=3, decay=10, rate=0.1, rate_steps=500)
@@ -99,6 +108,8 @@ def test_from_file(tmp_path):
         (dict(name="wsd", shape="square"), "config.schedule.shape='square' must be one of linear"),
         (dict(name="wsd", shape="exponential"), "config.schedule.final=0.0 must be > 0"),
         (dict(name="piecewise", boundaries=(3,)), r"boundaries=\(3,\) and factors=\(\)"),
+        (dict(name="wsd", cycles=(60, 50)), r"schedule.cycles=\(60, 50\) must rise from warmup=0"),
+        (dict(name="wsd", cycles=(100,)), r"cycles=\(100,\) .* below config.steps=100"),
         (dict(warmup=-1), "config.schedule.warmup=-1"),
         (dict(name="exp_linear", warmup=9, rate_steps=9), "rate_steps=9 must be larger than"),
     ],
