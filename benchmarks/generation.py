@@ -33,6 +33,7 @@ def without_head(model):
         return dh.Head(
             time=lambda t: jnp.zeros((*t.shape, 1)),
             cond=lambda z: jnp.tile(z, 2)[..., : 2 * channels].astype(jnp.float32),
+            modulate=lambda y: y,
             denoise=lambda x, y: y,
             channels=channels,
         )

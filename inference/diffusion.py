@@ -1,7 +1,8 @@
 """Ancestral sampling of single tokens from the diffusion head: one compiled loop over steps.
 
-What does not change inside the loop is computed once: time embeddings of all steps, the projected
-conditions, all noise. Guidance acts on eps only and carries one trajectory (MAR, section 3.4).
+What does not depend on the noisy token is computed outside the loop: time embeddings of all steps,
+the projected conditions, all noise, and the modulations of as many steps at once as make one large
+product. Guidance acts on eps only and carries one trajectory (MAR, section 3.4).
 """
 
 from functools import lru_cache
@@ -12,6 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from models.blocks import diffusion_head as dh
+
+
+# Rows of a product with the modulation's weights: above some hundreds they are read once for all.
+MODULATED_ROWS = 1024
 
 
 @lru_cache(maxsize=16)
@@ -78,14 +83,14 @@ def sample_head(
     weights = jnp.ones((1,)) if weights is None else weights
     weights = weights.reshape(branches, -1, 1).astype(jnp.float32)
 
-    def predict(x, time):
+    def predict(x, modulation):
         inputs = jnp.broadcast_to(x, (branches, *x.shape))
-        eps, v = jnp.split(head.denoise(inputs, time + cond), 2, axis=-1)
+        eps, v = jnp.split(head.denoise(inputs, modulation), 2, axis=-1)
         return eps[0] if branches == 1 else (weights * eps).sum(0), v[0]
 
     def step(x, inputs):
-        c, time, eps_step = inputs
-        eps, v = predict(x, time)
+        c, modulation, eps_step = inputs
+        eps, v = predict(x, modulation)
         x0 = c["x0_x"] * x - c["x0_eps"] * eps
         if x0_clip is not None:
             x0 = jnp.clip(x0, -x0_clip, x0_clip)
@@ -94,6 +99,19 @@ def sample_head(
         scale = c["noise"] * temperature * jnp.exp(0.5 * log_var)
         return c["mean_x0"] * x0 + c["mean_x"] * x + scale * eps_step, None
 
+    def several(x, inputs):
+        c, times, eps_steps = inputs
+        modulations = head.modulate(times[:, None, None] + cond)
+        return jax.lax.scan(step, x, (c, modulations, eps_steps))
+
+    together = _divisor(steps, MODULATED_ROWS // (cond.shape[0] * cond.shape[1]))
     times = head.time(jnp.asarray(tables.steps[::-1].copy(), jnp.int32))
-    x, _ = jax.lax.scan(step, noise[0], (step_coefficients(tables), times, noise[1:]))
+    inputs = (step_coefficients(tables), times, noise[1:])
+    inputs = jax.tree.map(lambda a: a.reshape(-1, together, *a.shape[1:]), inputs)
+    x, _ = jax.lax.scan(several, noise[0], inputs)
     return x
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`, or 1."""
+    return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(most, 1))

@@ -6,7 +6,7 @@ log variance between beta_t and the posterior's. Schedules are float64 tables, u
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -113,41 +113,42 @@ def embed_cond(params: dict, z: Float[Array, "*n z"], dtype=jnp.float32) -> Floa
     return _dense(params["cond"], z.astype(dtype))
 
 
-def block(p: dict, h: Float[Array, "*n w"], y: Float[Array, "*n w"]) -> Float[Array, "*n w"]:
-    """h + gate * MLP(LN(h) * (1 + scale) + shift), modulation from silu(y)."""
-    shift, scale, gate = jnp.split(_dense(p["modulation"], nn.silu(y)), 3, axis=-1)
+def modulation(p: dict, y: Float[Array, "*n w"]) -> Float[Array, "*n m"]:
+    """Shift, scale (and a block's gate) side by side, from silu(y)."""
+    return _dense(p["modulation"], nn.silu(y))
+
+
+def block(p: dict, h: Float[Array, "*n w"], m: Float[Array, "*n 3*w"]) -> Float[Array, "*n w"]:
+    """h + gate * MLP(LN(h) * (1 + scale) + shift)."""
+    shift, scale, gate = jnp.split(m, 3, axis=-1)
     u = (_layer_norm(h) * p["norm"]["scale"] + p["norm"]["bias"]).astype(h.dtype)
     u = u * (1 + scale) + shift
     return h + gate * _dense(p["mlp_out"], nn.silu(_dense(p["mlp_in"], u)))
 
 
-def denoise(
-    params: dict, layers: list[dict], x: Float[Array, "*n c"], y: Float[Array, "*n w"]
-) -> Float[Array, "*n c2"]:
-    """Noisy tokens and summed embedding y = time + condition to [eps | v] in float32."""
-    h = _dense(params["input"], x.astype(y.dtype))
-    for p in layers:
-        h = block(p, h, y)
-    return _final(params["final"], h, y)
-
-
-def _final(p: dict, h: Array, y: Array) -> Array:
-    shift, scale = jnp.split(_dense(p["modulation"], nn.silu(y)), 2, axis=-1)
+def final(p: dict, h: Float[Array, "*n w"], m: Float[Array, "*n 2*w"]) -> Float[Array, "*n c2"]:
+    """[eps | v] in float32."""
+    shift, scale = jnp.split(m, 2, axis=-1)
     u = _layer_norm(h).astype(h.dtype) * (1 + scale) + shift
     return _dense(p["linear"], u).astype(jnp.float32)
 
 
 class Head(NamedTuple):
-    """The network bound to its parameters, in the three pieces that samplers hoist differently."""
+    """The network bound to its parameters, in the pieces that samplers hoist differently.
+
+    All that looks at y = time + condition and not at the noisy token is `modulate`: six tenths of
+    the products of a step, which a sampler takes for many steps at once.
+    """
 
     time: Callable[[Array], Array]  # t [*n] -> [*n, W]
     cond: Callable[[Array], Array]  # z [*n, Z] -> [*n, W]
-    denoise: Callable[[Array, Array], Array]  # x [*n, C], time + cond [*n, W] -> [*n, 2C]
+    modulate: Callable[[Array], Any]  # y [*n, W] -> arrays [*n, ...]
+    denoise: Callable[[Array, Any], Array]  # x [*n, C] and those arrays -> [*n, 2C]
     channels: int
 
     def __call__(self, x: Array, t: Array, z: Array) -> Array:
         """[eps | v] for noisy tokens x at integer steps t under conditions z."""
-        return self.denoise(x, self.time(t) + self.cond(z))
+        return self.denoise(x, self.modulate(self.time(t) + self.cond(z)))
 
 
 def bind(params: dict, cfg: HeadConfig, *, dtype=jnp.float32, unroll: bool = True) -> Head:
@@ -156,22 +157,32 @@ def bind(params: dict, cfg: HeadConfig, *, dtype=jnp.float32, unroll: bool = Tru
     if unroll:
         layers = [jax.tree.map(lambda a, i=i: a[i], params["layers"]) for i in range(cfg.depth)]
 
-        def run(x, y):
-            return denoise(params, layers, x, y)
+        def modulate(y):
+            return [modulation(p, y) for p in (*layers, params["final"])]
+
+        def denoise(x, m):
+            h = _dense(params["input"], x.astype(m[0].dtype))
+            for p, own in zip(layers, m[:-1], strict=True):
+                h = block(p, h, own)
+            return final(params["final"], h, m[-1])
     else:
 
-        def run(x, y):
+        def modulate(y):
+            return y  # to be recomputed layer by layer in the backward pass, not kept
+
+        def denoise(x, y):
             def step(h, p):
-                return block(p, h, y), None
+                return block(p, h, modulation(p, y)), None
 
             h = _dense(params["input"], x.astype(y.dtype))
             h, _ = jax.lax.scan(jax.checkpoint(step), h, params["layers"])
-            return _final(params["final"], h, y)
+            return final(params["final"], h, modulation(params["final"], y))
 
     return Head(
         time=lambda t: embed_time(params, t, dtype),
         cond=lambda z: embed_cond(params, z, dtype),
-        denoise=run,
+        modulate=modulate,
+        denoise=denoise,
         channels=cfg.channels,
     )
 

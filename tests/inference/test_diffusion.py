@@ -125,7 +125,7 @@ def test_exact_head_recovers_the_data():
         eps = jnp.sqrt(1 - a) * (x - jnp.sqrt(a) * mean) / (a * spread**2 + 1 - a)
         return jnp.concatenate([eps, -jnp.ones_like(eps)], -1)
 
-    oracle = dh.Head(lambda t: t[:, None], lambda z: jnp.zeros_like(z), denoise, 1)
+    oracle = dh.Head(lambda t: t[:, None], jnp.zeros_like, lambda y: y, denoise, 1)
     keys = jax.random.split(jax.random.key(3), rows)
     got = diffusion.sample_head(oracle, jnp.zeros((1, rows, 1)), None, keys, steps=100, x0_clip=9.0)
     assert abs(float(got.mean()) - mean) < 0.02
