@@ -18,6 +18,7 @@ import traceback
 import jax
 
 from benchmarks import accelerator_checks as checks
+from benchmarks import accelerator_ops as ops
 from benchmarks import accelerator_speed as speed
 from benchmarks import common
 
@@ -26,12 +27,14 @@ SECTIONS = {
     "device": speed.device,
     "check_attention": checks.attention,
     "check_mlstm": checks.mlstm,
+    **ops.CHECKS,
     "check_cross_entropy": checks.cross_entropy,
     "check_decode": checks.decode,
     "check_generation": checks.pictures,
     "check_training": checks.training,
     "attention": speed.attention,
     "mlstm": speed.mlstm,
+    **ops.TIMINGS,
     "cross_entropy": speed.cross_entropy,
     "decode": speed.decode,
     "training": speed.training,

@@ -105,11 +105,13 @@ def test_ratio_pairs_the_rounds():
 
 def test_quick_accelerator_section_and_its_file(tmp_path, capsys):
     out = tmp_path / "result.json"
-    argv = ["--quick", "--sections", "device", "check_cross_entropy", f"--out={out}"]
-    assert accelerator.main(argv) == 0
+    sections = ["device", "check_cross_entropy", "check_sample_bits", "sample_bits"]
+    assert accelerator.main(["--quick", "--sections", *sections, f"--out={out}"]) == 0
     result = json.loads(out.read_text())
     rows = {(row["section"], row.get("what", row.get("check"))): row for row in result["rows"]}
     assert rows["check_cross_entropy", "cross-entropy and its gradients"]["passed"]
+    assert rows["check_sample_bits", "sample_bits"]["passed"]
+    assert rows["sample_bits", "sample bits xla"]["seconds"] > 0
     assert result["machine"]["devices"] >= 1
     assert "check_cross_entropy" in capsys.readouterr().out
 
