@@ -52,6 +52,7 @@ def along(
 def _has_neighbours_only(mask, tokens):
     known = mask.q_positions is None and mask.kv_positions is None and mask.query_offset == 0
     near = mask.causal and mask.prefix_length is None and mask.window is not None
+    near = near and not mask.scales
     return known and near and mask.window - 1 <= tokens and mask.always_visible <= tokens
 
 
@@ -100,7 +101,7 @@ def _with_neighbour(axis, run, few, q, k, v, mask):
 
 def is_behind(mask: MaskSpec | None, ahead: int) -> bool:
     """Whether the row starts behind `ahead` keys that all of it sees."""
-    if mask is None or not mask.causal or ahead <= 0:
+    if mask is None or not mask.causal or mask.scales or ahead <= 0:
         return False
     others = (mask.prefix_length, mask.q_positions, mask.kv_positions, mask.q_scale_ids)
     return mask.query_offset == mask.always_visible == ahead and all(x is None for x in others)

@@ -57,7 +57,7 @@ def _check(q, k, v, mask, softcap):
         raise NotSupported("cuDNN has no soft-cap")
     if mask.window is not None and (mask.always_visible or not mask.causal):
         raise NotSupported("cuDNN takes windows that are causal and without always visible keys")
-    if jax.tree.leaves(mask):
-        raise NotSupported("cuDNN takes no prefix, positions, segment ids, valid keys or scale ids")
+    if jax.tree.leaves(mask) or mask.scales:
+        raise NotSupported("cuDNN takes no prefix, positions, segment ids, valid keys or scales")
     if mask.causal and (mask.query_offset or q.shape[1] != k.shape[1]):
         raise NotSupported("cuDNN's causal mask takes as many queries as keys")

@@ -23,6 +23,10 @@ class MaskSpec:
     kv_valid:        False hides a key.
     scale ids:       key's <= query's. cumsum(mask_ar) as scale ids with causal=False is the
                      rule of building_blocks 1.3. kv_scale_ids defaults to q_scale_ids.
+    scales:          key position < the end of the query's scale; (1, 4, 16) are the tokens of three
+                     scales in order. With causal=False the rule of next-scale prediction (VAR,
+                     Infinity). Behind the last scale is padding, which no query sees. Decoding one
+                     scale against the keys up to its end is the same mask with query_offset.
 
     prefix_length is [B], or [B, T] where each query has a prefix of its own. Positions default to
     query_offset + 0..T-1 for queries and 0..S-1 for keys. contiguous promises that the tokens of
@@ -40,7 +44,9 @@ class MaskSpec:
     | segment ids                     | none                    | yes          | no                |
     | segment ids, shared keys        | none                    | contiguous   | no                |
     | kv_valid                        | none                    | yes          | no                |
-    | positions as arrays, scale ids  | none                    | no           | no                |
+    | scales                          | of later scales         | yes, skipped | no                |
+    | positions as arrays             | none                    | queries'     | no                |
+    | scale ids                       | none                    | no           | no                |
     """
 
     prefix_length: Int[Array, "b"] | Int[Array, "b t"] | None = None
@@ -56,6 +62,7 @@ class MaskSpec:
     always_visible: int = dataclasses.field(default=0, metadata=dict(static=True))
     query_offset: int = dataclasses.field(default=0, metadata=dict(static=True))
     contiguous: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    scales: tuple[int, ...] = dataclasses.field(default=(), metadata=dict(static=True))
 
     def with_window(self, window: int | None) -> "MaskSpec":
         """The same mask limited to the last `window` positions (the query itself counts)."""
@@ -82,12 +89,20 @@ class MaskSpec:
         if self.q_scale_ids is not None:
             kv = self.q_scale_ids if self.kv_scale_ids is None else self.kv_scale_ids
             terms.append(kv[..., None, :] <= self.q_scale_ids[..., :, None])
+        if self.scales:
+            terms.append(k < self.scale_end(q))
         if self.kv_valid is not None:
             terms.append(self.kv_valid[..., None, :])
         mask = jnp.ones((1, queries, keys), bool)
         for term in terms:
             mask &= term
         return mask
+
+    def scale_end(self, position: Int[Array, "*n"]) -> Int[Array, "*n"]:
+        """Where the scale of each position ends; behind the last one, where that ends."""
+        ends = np.cumsum(self.scales).tolist()
+        steps = zip(ends, ends[1:])
+        return ends[0] + sum((position >= end) * (after - end) for end, after in steps)
 
     def block(self, rows: tuple, columns: tuple) -> "MaskSpec":
         """The mask of some queries and keys alone: each (start, size), where start may be traced.
@@ -147,6 +162,8 @@ class MaskSpec:
             position = self.query_offset + np.arange(queries)
             if self.causal and self.prefix_length is None:
                 last = np.minimum(position, last)
+            if self.scales:
+                last = np.minimum(self.scale_end(position) - 1, last)
             if self.window is not None:
                 first = np.maximum(position - self.window + 1, first)
         return first, last

@@ -24,7 +24,7 @@ from kernels.errors import NotSupported
 
 # Queries and keys of a block. By the compilers' schedules for v5e at Hymba 1.5B's shape, larger
 # ones are no better under a window of 1,025 and smaller ones worse (docs/kernels.md).
-BLOCK, BLOCK_IN_WINDOW = 1024, 512
+BLOCK, BLOCK_OF_SCALES, BLOCK_IN_WINDOW = 1024, 1024, 512
 LANES, RANGE_BITS = 128, 15
 FEWEST = 512  # queries; a shorter row is one block of scores, which XLA does without padding
 
@@ -55,7 +55,7 @@ def attention(
     _check(q, k, v, mask, 1 if interpret else FEWEST)
     b, t, h, _ = q.shape
     s, g = k.shape[1:3]
-    block = BLOCK if mask.window is None else BLOCK_IN_WINDOW
+    block = _block(mask)
     rows, columns = min(block, _up(t, LANES)), min(block, _up(s, LANES))
     queries, keys = _up(t, rows), _up(s, columns)
     ranges = _ranges(mask, t, s)
@@ -65,6 +65,7 @@ def attention(
         window=mask.window if known else None,
         always_visible=mask.always_visible,
         query_offset=mask.query_offset,
+        scales=mask.scales if known else (),
     )
     plan = Plan(queries, keys, rows, columns, static, ranges is not None)
     kernel = _kernel(plan, softcap or None, interpret)
@@ -90,6 +91,12 @@ def attention(
     estimate = functools.partial(_estimate, plan, *(x.shape for x in arrays), q.dtype.itemsize)
     out = cost.with_estimates(rows_of, estimate)(arrays, rest)
     return jnp.swapaxes(out, 1, 2)[:, :t, :, : v.shape[-1]].astype(v.dtype)
+
+
+def _block(mask):
+    if mask.window is not None:
+        return BLOCK_IN_WINDOW
+    return BLOCK_OF_SCALES if mask.scales else BLOCK
 
 
 def _estimate(plan, q, k, v, size, name):
@@ -136,7 +143,8 @@ def _check(q, k, v, mask, fewest):
 
 def _is_ranged(mask):
     shared = mask.q_segment_ids is not None and mask.always_visible > 0
-    return mask.prefix_length is not None or mask.q_positions is not None or shared
+    both = mask.window is not None and bool(mask.scales)
+    return mask.prefix_length is not None or mask.q_positions is not None or shared or both
 
 
 def _ranges(mask, t, s):
@@ -149,6 +157,8 @@ def _ranges(mask, t, s):
     if mask.prefix_length is not None:
         prefix = mask.prefix_length
         last = jnp.maximum(last, (prefix[:, None] if prefix.ndim == 1 else prefix) - 1)
+    if mask.scales:
+        last = jnp.minimum(last, mask.scale_end(position) - 1)
     last = jnp.minimum(last, s - 1)
     first = jnp.zeros_like(position)
     if mask.window is not None:
@@ -164,7 +174,7 @@ def _ranges(mask, t, s):
 def _segments(mask, b, t, s, queries, keys):
     """splash's ids, which hide a key by being unequal; None where nothing is to be hidden."""
     segmented = mask.q_segment_ids is not None and not mask.always_visible
-    hidden = keys == s or _is_ranged(mask) or (mask.causal and t + mask.query_offset <= s)
+    hidden = _is_ranged(mask) or (mask.reach(t, keys)[1] < s).all()
     if mask.kv_valid is None and not segmented and hidden:
         return None
     q = kv = jnp.zeros((b, t), jnp.int32)
@@ -187,7 +197,12 @@ class _Ranges(masks.Mask):
     def __init__(self, plan: Plan):
         self.plan = plan
         self.q_sequence = np.arange(plan.queries, dtype=np.int32)
-        self.mask_function = _packed_rule(plan.spec) if plan.packed else _rule(plan.spec)
+        self.mask_function = _rule(plan.spec)
+        if plan.packed:
+            self.mask_function = _packed_rule(plan.spec)
+        elif plan.spec.scales:
+            self.q_sequence = plan.spec.reach(*self.shape)[1].astype(np.int32)
+            self.mask_function = _up_to
 
     @property
     def shape(self):
@@ -210,9 +225,16 @@ def _rule(spec):
             near = q - k < spec.window
             near = near | (k < spec.always_visible) if spec.always_visible else near
             visible = visible & near
+        if spec.scales:
+            visible = visible & (k < spec.scale_end(q))
         return visible
 
     return rule
+
+
+def _up_to(last, k):
+    """The same of a query's last key: cheaper than to look up where a query's scale ends."""
+    return k <= last
 
 
 @functools.cache

@@ -17,8 +17,8 @@ from kernels.attention.mask import MASKED, MaskSpec
 
 # Up to this many scores per head and row ([T, S]) are one block.
 PLAIN_LIMIT = 1024 * 1024
-# Queries and keys of a block; under a window smaller blocks of keys skip more.
-ROWS, COLUMNS, COLUMNS_IN_WINDOW = 256, 1024, 256
+# Queries and keys of a block; where the mask is a staircase smaller blocks of keys skip more.
+ROWS, COLUMNS, COLUMNS_OF_SCALES, COLUMNS_IN_WINDOW = 256, 1024, 512, 256
 
 
 class Tiles(NamedTuple):
@@ -46,8 +46,7 @@ def attention(
     queries, keys = q.shape[1], k.shape[1]
     if chunk is None:
         whole = queries == 1 or queries * keys <= PLAIN_LIMIT
-        columns = COLUMNS if mask is None or mask.window is None else COLUMNS_IN_WINDOW
-        rows, columns = min(ROWS, queries), min(columns, keys)
+        rows, columns = min(ROWS, queries), min(_columns(mask), keys)
     else:
         whole = chunk >= max(queries, keys)
         rows, columns = min(chunk, queries), min(chunk, keys)
@@ -55,6 +54,12 @@ def attention(
         return _block(q, k, v, mask, scale=scale, softcap=softcap)
     mask = MaskSpec(causal=False) if mask is None else mask
     return _tiled(q, k, v, mask, Tiles(rows, columns, queries, keys, scale, softcap))
+
+
+def _columns(mask):
+    if mask is not None and mask.window is not None:
+        return COLUMNS_IN_WINDOW
+    return COLUMNS_OF_SCALES if mask is not None and mask.scales else COLUMNS
 
 
 def _block(q, k, v, mask, *, scale, softcap):

@@ -45,6 +45,7 @@ def masks():
         contiguous=MaskSpec(q_segment_ids=ids, contiguous=True, always_visible=3),
         shuffled=MaskSpec(q_positions=shuffled, kv_positions=shuffled, window=20),
         scales=MaskSpec(q_scale_ids=scales, causal=False),
+        next_scale=MaskSpec(scales=(1, 4, 9, 16, 30), causal=False),  # four tokens of padding
         valid=MaskSpec(window=5, always_visible=2, kv_valid=valid),
         behind=MaskSpec(window=7, **behind),
         behind_valid=MaskSpec(window=30, kv_valid=jnp.pad(valid, BEFORE, **visible), **behind),
@@ -68,9 +69,10 @@ def cases():
     yield "xla", sizes(1, 1, 1, 8), "heads", ("causal", "pinned", "packed", "valid")
     yield "xla", sizes(1, 1, 4, 2), "groups", ("pinned",)
     yield "xla", sizes(2, 1, 4, 1), "groups", ("pinned", "causal")
-    yield "tpu_interpret", sizes(1, 2, 1, 4), "heads", ("causal", "prefix", "window", "pinned")
+    kinds = ("causal", "prefix", "window", "pinned", "next_scale")
+    yield "tpu_interpret", sizes(1, 2, 1, 4), "heads", kinds
     yield "tpu_interpret", sizes(1, 1, 2, 4), "heads", behind
-    yield "tpu_interpret", sizes(2, 1, 4, 1), "groups", ("contiguous", "pinned")
+    yield "tpu_interpret", sizes(2, 1, 4, 1), "groups", ("contiguous", "pinned", "next_scale")
     yield "tpu_interpret", sizes(2, 1, 4, 1), "one", ("none",)
     yield "tpu_interpret", sizes(2, 1, 4, 1), "odd", ("window",)
 
@@ -86,7 +88,8 @@ def tensors(heads, kv_heads, ahead=0):
 
 def main() -> None:
     xla.PLAIN_LIMIT, xla.ROWS, xla.COLUMNS, xla.COLUMNS_IN_WINDOW = 256, 8, 16, 8
-    tpu.BLOCK = tpu.BLOCK_IN_WINDOW = 128
+    xla.COLUMNS_OF_SCALES = 8
+    tpu.BLOCK = tpu.BLOCK_IN_WINDOW = tpu.BLOCK_OF_SCALES = 128
     for impl, sizes, shape, names in cases():
         for name in names:
             print(json.dumps(one(impl, sizes, shape, name)), flush=True)
