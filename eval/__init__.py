@@ -18,6 +18,7 @@ _MODULES = {
     "gradients": "eval.gradients",
     "gradient_norms": "eval.gradient_norms",
     "losses": "eval.losses",
+    "bits": "eval.bits",
     "bits_per_byte": "eval.bits_per_byte",
     "token_cost": "eval.token_cost",
     "ranked": "eval.ranked",

@@ -13,12 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval import common, data
-from inference import unified
-
-# Keys of config.sample that say how a picture is drawn.
-SAMPLER_KEYS = (
-    "guidance", "image_guidance", "steps", "temperature", "schedule", "order", "x0_clip"
-)  # fmt: skip
+from inference import pictures
 
 
 class Drawn(NamedTuple):
@@ -45,11 +40,6 @@ class Drawn(NamedTuple):
         return [s for s in data.SPLITS if (self.split == s).any()]
 
 
-def sampler_options(config) -> dict:
-    """Keyword arguments of generate_images that config.sample sets."""
-    return {k: config.sample[k] for k in SAMPLER_KEYS if k in config.sample}
-
-
 def draw(config, model, params, captions, rng, *, source=None) -> np.ndarray:
     """uint8 [n, h, w, 3]: one picture per caption, config.evaluation.draw_batch per call.
 
@@ -59,16 +49,16 @@ def draw(config, model, params, captions, rng, *, source=None) -> np.ndarray:
     size = min(config.evaluation.draw_batch, len(captions))
     images = []
     for index, real in common.padded(len(captions), size):
-        pictures = unified.generate_images(
+        made = pictures.generate(
+            config,
             model,
             params,
             tokens[index],
             lengths[index],
             jax.random.fold_in(rng, int(index[0])),
             source=None if source is None else tuple(x[index] for x in source),
-            **sampler_options(config),
         )
-        images.append(common.to_host(pictures.images)[:real])
+        images.append(common.to_host(made.images)[:real])
     return np.concatenate(images)
 
 
@@ -108,7 +98,8 @@ def drawn(config, model, params, *, step, rng, workdir) -> Drawn:
     """The pictures of this model for `prompts(config)`; read from disk when they are there."""
     wanted = prompts(config)
     path = Path(workdir) / "eval" / "drawn.npz"
-    mark = _fingerprint(config, params, wanted, step, rng)
+    options = pictures.options(config, model)
+    mark = _fingerprint(options, params, wanted, step, rng)
     images = _read(path, mark)
     if images is None:
         images = draw(config, model, params, wanted.captions, jax.random.fold_in(rng, 1))
@@ -121,11 +112,11 @@ def _magnitude(params):
     return sum(jnp.abs(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(params))
 
 
-def _fingerprint(config, params, wanted: Drawn, step, rng) -> str:
+def _fingerprint(options, params, wanted: Drawn, step, rng) -> str:
     """Text that differs whenever other pictures would be drawn."""
     magnitude = float(common.to_host(_magnitude(params)))
     key = np.asarray(jax.random.key_data(rng)).tolist()
-    state = [step, magnitude, key, sampler_options(config), wanted.captions]
+    state = [step, magnitude, key, options, wanted.captions]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 

@@ -23,13 +23,15 @@ def build(config):
     def evaluate(model, params, *, step, rng, workdir):
         folder = Path(workdir) / "samples"
         drawn = generation.drawn(config, model, params, step=step, rng=rng, workdir=workdir)
-        captioned = _captioned_rows(config, model, params)
-        answered = _answered_rows(config, model, params)
+        reads = "understanding_prefix" in model.predict
+        captioned = _captioned_rows(config, model, params) if reads else []
+        answered = _answered_rows(config, model, params) if reads else []
         if jax.process_index() == 0:
             generated_sheet(folder / f"generated-{step}.png", drawn, step, config.evaluation.sheet)
             languages_sheet(folder / f"languages-{step}.png", config, drawn, step)
-            path = folder / f"understanding-{step}.png"
-            understanding_sheet(path, captioned, answered, step)
+            if reads:
+                path = folder / f"understanding-{step}.png"
+                understanding_sheet(path, captioned, answered, step)
             curves(folder / "curves.png", Path(workdir) / "metrics.jsonl")
             logging.info("sheets are in %s", folder)
         return {}

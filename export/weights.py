@@ -38,7 +38,7 @@ def _same(tensor: np.ndarray) -> np.ndarray:
 class Rule(NamedTuple):
     """How one of our leaves is published.
 
-    name:  published name; holds {layer} when stack is given.
+    name:  published name; holds {layer} when stack is given, or {group} and {place} of `group`.
     to:    our tensor of one layer -> published tensor.
     back:  its inverse.
     stack: layers between neighbours along each leading stacked axis of our leaf, so
@@ -47,6 +47,7 @@ class Rule(NamedTuple):
     first: layer number of index 0.
     part:  (start, stop, total): our leaf is rows start..stop of the published tensor's `total`
            rows (axis 0), as when q, k and v are published as one tensor; None = all of it.
+    group: layers published together: {group} is layer // group, {place} layer % group.
     """
 
     name: str
@@ -55,6 +56,12 @@ class Rule(NamedTuple):
     stack: tuple[int, ...] = ()
     first: int = 0
     part: tuple[int, int, int] | None = None
+    group: int = 1
+
+    def published(self, layer: int) -> str:
+        """Published name of one layer's leaf."""
+        group, place = divmod(layer, self.group)
+        return self.name.format(layer=layer, group=group, place=place)
 
 
 class WeightMap(NamedTuple):
@@ -179,7 +186,7 @@ def published_names(weight_map: WeightMap, params: Any) -> dict[str, list[tuple[
             continue
         for index in itertools.product(*map(range, leaf.shape[: len(rule.stack)])):
             layer = rule.first + sum(i * s for i, s in zip(index, rule.stack))
-            result.setdefault(rule.name.format(layer=layer), []).append((path, index))
+            result.setdefault(rule.published(layer), []).append((path, index))
     return result
 
 

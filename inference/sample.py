@@ -7,12 +7,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from inference import drawing, unified, writing
+from inference import drawing, pictures, unified, writing
 from input_pipeline import layout
-
-SAMPLER_KEYS = (
-    "guidance", "image_guidance", "steps", "temperature", "schedule", "order", "x0_clip"
-)  # fmt: skip
 
 
 def write(config, model, params, *, tokenizer, step, rng, workdir) -> None:
@@ -26,10 +22,10 @@ def write(config, model, params, *, tokenizer, step, rng, workdir) -> None:
         common = dict(tokenizer=tokenizer, prompts=prompts, rng=rng, path=path)
         writing.write(config, model, params, **common)
         return
-    pictures = draw(config, model, params, tokenizer, prompts, rng)
+    drawn = draw(config, model, params, tokenizer, prompts, rng)
     folder = Path(workdir) / "samples"
     if jax.process_index() == 0:
-        _sheet(folder / f"prompts-{step}.png", f"step {step}", prompts, pictures.images)
+        _sheet(folder / f"prompts-{step}.png", f"step {step}", prompts, drawn.images)
 
 
 def respond(config, model, params, *, tokenizer, step, rng, workdir, prompts, images) -> list[Path]:
@@ -54,25 +50,27 @@ def respond(config, model, params, *, tokenizer, step, rng, workdir, prompts, im
         if not prompts:
             raise ValueError("nothing to draw: give --prompt=TEXT or set config.sample.prompts")
         return _write_drawn(*common, prompts, rng, folder, step)
+    if "understanding_prefix" not in model.predict:
+        raise ValueError("--image: this model draws pictures from text only")
     if config.data.get("edit") and prompts:
         return _write_edits(*common, prompts, images, rng, folder, step)
     return _write_answers(*common, prompts, images, folder, step)
 
 
-def draw(config, model, params, tokenizer, prompts, rng, source=None) -> unified.Pictures:
+def draw(config, model, params, tokenizer, prompts, rng, source=None):
     """One picture per prompt with the sampler settings of config.sample."""
     encoded = [layout.encode_prompt(tokenizer, p, config.data.prompt_length) for p in prompts]
     for prompt, one in zip(prompts, encoded):
         if one.truncated:
             print(f"prompt cut to {config.data.prompt_length} tokens: {prompt!r}")
-    return unified.generate_images(
+    return pictures.generate(
+        config,
         model,
         params,
         np.stack([e.tokens for e in encoded]),
         np.array([e.length for e in encoded], np.int32),
         rng,
         source=source,
-        **{key: config.sample[key] for key in SAMPLER_KEYS},
     )
 
 
@@ -106,16 +104,20 @@ def read_picture(path: str, size: int) -> np.ndarray:
 
 
 def _write_drawn(config, model, params, tokenizer, prompts, rng, folder, step):
-    pictures = draw(config, model, params, tokenizer, prompts, rng)
-    sheet = _sheet(folder / f"sample-{step}.png", f"step {step}", prompts, pictures.images)
+    drawn = draw(config, model, params, tokenizer, prompts, rng)
+    sheet = _sheet(folder / f"sample-{step}.png", f"step {step}", prompts, drawn.images)
     files = [sheet]
-    for i, image in enumerate(np.asarray(pictures.images)):
+    for i, image in enumerate(np.asarray(drawn.images)):
         files.append(folder / f"sample-{step}-{i}.png")
         Image.fromarray(image).save(files[-1])
-    record = [
-        {"prompt": p, "file": f.name, "order": o.tolist()}
-        for p, f, o in zip(prompts, files[1:], np.asarray(pictures.order))
-    ]
+    record = [{"prompt": p, "file": f.name} for p, f in zip(prompts, files[1:])]
+    if hasattr(drawn, "order"):  # of a picture's tokens, one after the other
+        record = [r | {"order": o.tolist()} for r, o in zip(record, np.asarray(drawn.order))]
+    if getattr(drawn, "strip", None) is not None:
+        files.append(folder / f"sample-{step}-scales.png")
+        cells = list(zip(np.asarray(drawn.strip).swapaxes(0, 1), prompts))
+        title = f"step {step}: after each scale"
+        drawing.picture_grid(files[-1], title, [("drawn from the captions", cells)], columns=2)
     files.append(folder / f"sample-{step}.json")
     files[-1].write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     return files

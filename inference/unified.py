@@ -15,6 +15,11 @@ from inference import beam
 from inference.beam import EOS, PAD
 from inference.diffusion import guidance_weights, sample_head
 
+# Keys of config.sample that say how a picture is drawn.
+SAMPLER_KEYS = (
+    "guidance", "image_guidance", "steps", "temperature", "schedule", "order", "x0_clip"
+)  # fmt: skip
+
 
 class Pictures(NamedTuple):
     """What one call of generate_images leaves: pictures, tokens, orders, conditions."""

@@ -87,6 +87,12 @@ def _hymba(config):
     return hymba_build.build(config)
 
 
+def _infinity(config):
+    from models import infinity_build
+
+    return infinity_build.build(config)
+
+
 # Builders import lazily: a run pays only for the model it trains.
 MODELS: dict[str, Callable[..., Model]] = {
     "unifluid": _unifluid,
@@ -98,4 +104,5 @@ MODELS: dict[str, Callable[..., Model]] = {
     "llama": _llama,
     "mamba": _mamba,
     "hymba": _hymba,
+    "infinity": _infinity,
 }

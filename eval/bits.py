@@ -1,0 +1,51 @@
+"""How well the bits of each scale are predicted, on right prefixes and on corrupted ones.
+
+With a corrupted prefix (20 % of its bits flipped) the labels are those that correct it, which is
+what a model trained by self-correction learns; "kept" are the labels of the right prefix. Chance is
+half of the bits. No text is dropped. Infinity, arXiv 2412.04431, section 3.4.
+"""
+
+import jax
+import numpy as np
+
+from eval import common, data
+
+FLIPPED = 0.2
+
+
+def build(config):
+    """Evaluator "bits": <split>_<case><nll | accuracy>, over all bits and of each scale."""
+    options = config.evaluation
+
+    def scored(model, params, batches, flipped) -> dict[str, np.ndarray]:
+        """Means over the batches, [k] each."""
+        scores = common.need(model, "bit_scores")
+        key = jax.random.fold_in(jax.random.key(options.seed), 5)
+        found = [
+            jax.tree.map(common.to_host, scores(params, b, key, np.float32(flipped)))
+            for b in batches
+        ]
+        return {name: np.mean([f[name] for f in found], axis=0) for name in found[0]}
+
+    def evaluate(model, params, *, step, rng, workdir):
+        del step, rng, workdir
+        sizes = [h * w for h, w in model.predict["layout"]().tokens]
+        metrics = {}
+        for split in data.SPLITS:
+            batches = data.loss_batches(
+                config, split, rows=options.batch, count=options.loss_batches
+            )
+            right = scored(model, params, batches, 0.0)
+            wrong = scored(model, params, batches, FLIPPED)
+            cases = {
+                "nll": right["nll"],
+                "accuracy": right["accuracy"],
+                **{f"corrupted_{name}": values for name, values in wrong.items()},
+            }
+            for name, values in cases.items():
+                metrics[f"{split}_{name}"] = float(np.average(values, weights=sizes))
+                for k, value in enumerate(values, 1):
+                    metrics[f"{split}_{name}_scale{k}"] = float(value)
+        return metrics
+
+    return evaluate

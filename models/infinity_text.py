@@ -1,0 +1,59 @@
+"""Text encoders behind one interface, as Infinity conditions on them: vectors of every token."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from export.weights import WeightMap
+from kernels.attention import MaskSpec
+from models import sized
+from models.blocks import decoder_weights
+from models.blocks.decoder import SIZES as DECODERS
+from models.blocks.decoder import Decoder
+
+
+class TextEncoder(NamedTuple):
+    """A text encoder as pure functions.
+
+    init:    (rng) -> boxed parameters.
+    encode:  (params, tokens [b, p], valid [b, p]) -> vectors [b, p, width].
+    width:   numbers of a token's vector.
+    weights: map of its published names.
+    """
+
+    init: Callable[..., Any]
+    encode: Callable[..., Any]
+    width: int
+    weights: WeightMap
+
+
+def build(config) -> TextEncoder:
+    """The encoder that config.model.text names: "decoder", trained along, in place of Flan-T5."""
+    node = dict(config.model.text)
+    match name := node.pop("name"):
+        case "decoder":
+            return _decoder(config, node)
+    raise ValueError(f"config.model.text.name={name!r}: allowed are decoder")
+
+
+def _decoder(config, node) -> TextEncoder:
+    """The stack of models/blocks/decoder.py, every token seeing the whole caption."""
+    cfg = sized(DECODERS, node, "model.text")
+    vocabulary = config.model.vocab_size or cfg.vocab_size
+    cfg = dataclasses.replace(cfg, vocab_size=vocabulary, pattern=("global",))
+    net = Decoder(cfg, jnp.dtype(config.precision), config.remat)
+
+    def run(net, tokens, valid):
+        mask = MaskSpec(causal=False, kv_valid=valid)
+        return net(net.embed(tokens), mask)[0]
+
+    def init(rng):
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return net.init(rng, tokens, jnp.ones((1, 1), bool), method=run)["params"]
+
+    def encode(params, tokens, valid):
+        return net.apply({"params": params}, tokens, valid, method=run)
+
+    return TextEncoder(init, encode, cfg.width, decoder_weights.weight_map(cfg))
