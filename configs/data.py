@@ -35,6 +35,7 @@ def data_config(**overrides) -> ml_collections.ConfigDict:
             questions=1,  # most questions with answers packed into a row about one picture
             mix=dict(t2i=2.0, caption=1.0, vqa=1.0),  # weights of the tasks in a batch
             latents="",  # weights of a VAE: gen_moments instead of gen_image
+            text_embeddings="",  # folder of a Flan-T5 encoder: gen_text beside gen_tokens
             flip=False,  # mirror pictures at random (images only)
             sizes=(0,)[:0],  # (256, 512, 1024): each batch at one of these sides (images only)
             max_unreadable=10,  # more unreadable files or records than this is an error

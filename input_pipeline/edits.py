@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from input_pipeline import canvas, examples, latents, records, scenes, store
+from input_pipeline import canvas, examples, latents, records, scenes, store, text_embeddings
 from input_pipeline.canvas import COLOURS, CROWD, Item
 from input_pipeline.scenes import Plan
 
@@ -116,15 +116,18 @@ def generation(config, split: str, texts) -> tuple[int, Callable]:
     found = load(data, split, data.image_size)
     seen = load(data, split, data.und_size or data.image_size)
     moments = latents.moments(config, found, split) if data.latents else None
+    embedded = text_embeddings.captions(config, found) if data.text_embeddings else None
 
     def make(chosen: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
         before, after = 2 * chosen, 2 * chosen + 1
-        got = [texts.prompt(found.items[i].captions["en"]) for i in after]
+        captions = [found.items[i].captions["en"] for i in after]
+        got = [texts.prompt(caption) for caption in captions]
         out = {
             "gen_tokens": np.array([row.tokens for row in got], np.int32),
             "gen_length": np.array([row.length for row in got], np.int32),
             "gen_source_image": seen.pictures.gather(before),
         }
+        out |= embedded.batch(captions) if embedded else {}
         if moments is None:
             return out | {"gen_image": found.pictures.gather(after)}
         return out | {"gen_moments": moments[after], "gen_source_moments": moments[before]}

@@ -1,10 +1,12 @@
 """Data set "image_text": the flagship's mixed batches, generation and understanding rows apart.
 
 Generation rows: gen_tokens int32 [Bg, P], gen_length int32 [Bg] and gen_image uint8 [Bg, H, W, 3]
-or gen_moments float32 [Bg, h, w, 2z]. Understanding rows: und_image uint8 [Bu, S, S, 3],
-und_tokens int32 [Bu, T], und_prefix and und_length int32 [Bu]; caption rows come before question
-rows. With config.data.edit the prompt is an instruction, and gen_source_image uint8 [Bg, S, S, 3]
-(and gen_source_moments beside gen_moments) is the picture to change.
+or gen_moments float32 [Bg, h, w, 2z]; with config.data.text_embeddings also gen_text float16
+[Bg, P, D] and gen_text_length int32 [Bg], the caption as an encoder sees it. Understanding rows:
+und_image uint8 [Bu, S, S, 3], und_tokens int32 [Bu, T], und_prefix and und_length int32 [Bu];
+caption rows come before question rows. With config.data.edit the prompt is an instruction, and
+gen_source_image uint8 [Bg, S, S, 3] (and gen_source_moments beside gen_moments) is the picture to
+change.
 
 With config.data.questions > 1 a row holds as many questions with their answers about its picture
 as fit, at most that many: captions in several languages, or a scene's questions and its caption.
@@ -25,6 +27,7 @@ from input_pipeline import (
     openmoji,
     sources,
     store,
+    text_embeddings,
     tokenizers,
 )
 from input_pipeline.examples import Examples
@@ -146,6 +149,7 @@ def _generation(config, split: str, texts: _Texts) -> tuple[int, Callable]:
     found = sources.load(data, split, data.image_size, data.captioned)
     captioned = _Captioned(found, data)
     moments = latents.moments(config, found, split) if data.latents else None
+    embedded = text_embeddings.captions(config, found) if data.text_embeddings else None
 
     def make(chosen: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
         rows, u = captioned.rows(chosen, u)
@@ -153,6 +157,7 @@ def _generation(config, split: str, texts: _Texts) -> tuple[int, Callable]:
         got = [texts.prompt(caption) for _, caption in pairs]
         tokens, length = _stack(got, "tokens", "length")
         out = {"gen_tokens": tokens, "gen_length": length}
+        out |= embedded.batch([caption for _, caption in pairs]) if embedded else {}
         if moments is None:
             return out | {"gen_image": found.pictures.gather(rows)}
         return out | {"gen_moments": moments[rows]}

@@ -14,11 +14,23 @@ ROOT = Path(__file__).resolve().parents[1]
 BATCH = 64
 
 
-def _weights_digest(path: Path) -> str:
+def weights_path(data, key: str) -> Path:
+    """The file or folder that config.data.KEY names; a relative one may lie in the project."""
+    path = Path(data[key]).expanduser()
+    path = path if path.exists() else ROOT / path
+    if not path.exists():
+        raise FileNotFoundError(f"config.data.{key}={data[key]!r} does not exist")
+    return path
+
+
+def weights_digest(path: Path) -> str:
+    """Changes with any byte of a file, or of the files of a folder."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
+    for name in files:
+        with open(name, "rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
     return digest.hexdigest()[:12]
 
 
@@ -60,10 +72,7 @@ def load_vae(config, path: Path):
 
 def moments(config, found: Examples, split: str) -> np.ndarray:
     """Moments of all pictures of `found`, in order, from the cache beside the data sets."""
-    path = Path(config.data.latents).expanduser()
-    path = path if path.exists() else ROOT / path
-    if not path.exists():
-        raise FileNotFoundError(f"config.data.latents={config.data.latents!r} does not exist")
+    path = weights_path(config.data, "latents")
 
     def make(out: Path) -> None:
         params, cfg = load_vae(config, path)
@@ -71,5 +80,5 @@ def moments(config, found: Examples, split: str) -> np.ndarray:
         with open(out, "wb") as file:
             np.save(file, encode_all(params, cfg, found))
 
-    key = f"moments/{_weights_digest(path)}-{_pictures_digest(found)}-{split}.npy"
+    key = f"moments/{weights_digest(path)}-{_pictures_digest(found)}-{split}.npy"
     return np.load(store.prepare_once(config.data, key, make), mmap_mode="r")
