@@ -1,0 +1,95 @@
+"""Ablations of Infinity: one command trains every run with three seeds, then a table and a plot.
+
+    python main.py --config=configs/infinity_ablations.py:correction
+
+Aims at the signs of the paper's tables (arXiv 2412.04431: self-correction FID 9.76 -> 3.48,
+decoding, vocabulary against model size) with the default run of configs/infinity.py. A killed
+command goes on. Leaves report.md, report.json and report.png in the workdir.
+
+| variant | compares | expected sign |
+| --- | --- | --- |
+| (none), correction | teacher forcing, random flips, self-correction | self-correction the best |
+| decoding | guidance, pyramid, guidance on hidden states, greedy | optimum inside, greedy worst |
+| bits | 8, 16, 32 bits, each with a small and a smaller model | more bits want the larger |
+| debug | two corrections, debug models | two minutes |
+"""
+
+from configs import common
+from configs.runs import SEEDS, ablation
+
+CONFIG = "configs/infinity.py"
+PICTURES = (
+    "retrieval/train_top1_latent",
+    "retrieval/train_top1_classifier",
+    "kid/kid",
+)
+BITS = (
+    "bits/train_accuracy",
+    "bits/train_corrupted_accuracy",
+    "bits/train_corrupted_kept_accuracy",
+    "bits/train_nll",
+    "bits/held_out_nll",
+)
+CORRECTIONS = {
+    f"{name}": (f"model.correction={value}",)
+    for name, value in {
+        "teacher forcing": "none", "random flips": "random", "self-correction": "self",
+    }.items()
+}  # fmt: skip
+SHORT = ('evals=("bits","retrieval","kid")', "sample.prompts=()")
+# Guidance of the hidden states is in front of the last two blocks.
+DECODING = {
+    **{f"guidance {g}": (f"sample.guidance=({g}.0,)",) for g in (1, 2, 3, 4, 6)},
+    "pyramid 1 to 5": ("sample.guidance=(1.0,2.3333333,3.6666667,5.0)",),
+    "guidance 3 on hidden states": ("sample.guidance=(3.0,)", "sample.insertion=-2"),
+    "greedy": ("sample.guidance=(1.0,)", "sample.temperature=(0.0,)"),
+}
+SIZES = {
+    "small": (),
+    "smaller": ("model.transformer.width=96", "model.transformer.depth=3"),
+}
+
+
+def get_config(arg=""):
+    """The list of runs of one ablation."""
+    variant = common.parse_arg(arg, ("correction", "decoding", "bits", "debug")).variant
+    if variant == "debug":
+        few = {name: CORRECTIONS[name] for name in ("teacher forcing", "self-correction")}
+        quick = ('evals=("bits",)', "sample.prompts=()")
+        return ablation("configs/infinity.py:debug", few, quick, BITS, seeds=(0,))
+    if variant == "decoding":
+        return _decoding()
+    if variant == "bits":
+        return _bits()
+    return ablation(CONFIG, CORRECTIONS, SHORT, PICTURES + BITS)
+
+
+def _decoding():
+    """One training a seed; the other runs draw from its weights (one step at a rate of 0)."""
+    config = ablation(CONFIG, {"guidance 3": ()}, SHORT, PICTURES)
+    drawing = ('evals=("retrieval","kid")', "sample.prompts=()", "steps=1", "optimizer.lr=0.0")
+    runs = []
+    for seed in SEEDS:
+        source = f"init_from={{workdir}}/guidance 3/seed{seed}"
+        for name, overrides in DECODING.items():
+            if name != "guidance 3":
+                own = (*drawing, source, *overrides, f"seed={seed}")
+                runs.append((f"{name}/seed{seed}", CONFIG, own))
+    config.runs += tuple(runs)
+    return config
+
+
+def _bits():
+    """A tokenizer for each number of bits, then both models on it with every seed."""
+    tokenizers, runs = [], []
+    for bits in (8, 16, 32):
+        name, size = f"tokenizer/{bits} bits", f"model.tokenizer.z={bits}"
+        tokenizers.append((name, "configs/bsq_vae.py", (size,)))
+        groups = {
+            f"{bits} bits, {model}": (size, f"init_from=vae={{workdir}}/{name}", *overrides)
+            for model, overrides in SIZES.items()
+        }
+        config = ablation(CONFIG, groups, SHORT, PICTURES + BITS)
+        runs += config.runs
+    config.runs = (*tokenizers, *runs)
+    return config
