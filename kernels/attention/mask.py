@@ -44,7 +44,8 @@ class MaskSpec:
     | segment ids                     | none                    | yes          | no                |
     | segment ids, shared keys        | none                    | contiguous   | no                |
     | kv_valid                        | none                    | yes          | no                |
-    | scales                          | of later scales         | yes, skipped | no                |
+    | scales                          | of later scales         | yes, skipped | alone, a call per |
+    |                                 |                         |              | scale of 512      |
     | positions as arrays             | none                    | queries'     | no                |
     | scale ids                       | none                    | no           | no                |
     """

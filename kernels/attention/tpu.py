@@ -48,14 +48,18 @@ def attention(
     *,
     scale: float,
     softcap: float | None,
+    block: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "b t h v"]:
-    """The reference's function, except for rows without a visible key: finite, else unspecified."""
+    """The reference's function, except for rows without a visible key: finite, else unspecified.
+
+    block: queries and keys of a block, None chooses.
+    """
     mask = MaskSpec(causal=False) if mask is None else mask
     _check(q, k, v, mask, 1 if interpret else FEWEST)
     b, t, h, _ = q.shape
     s, g = k.shape[1:3]
-    block = _block(mask)
+    block = block or block_of(mask)
     rows, columns = min(block, _up(t, LANES)), min(block, _up(s, LANES))
     queries, keys = _up(t, rows), _up(s, columns)
     ranges = _ranges(mask, t, s)
@@ -93,7 +97,8 @@ def attention(
     return jnp.swapaxes(out, 1, 2)[:, :t, :, : v.shape[-1]].astype(v.dtype)
 
 
-def _block(mask):
+def block_of(mask: MaskSpec) -> int:
+    """Queries and keys of a block, where the row has as many."""
     if mask.window is not None:
         return BLOCK_IN_WINDOW
     return BLOCK_OF_SCALES if mask.scales else BLOCK

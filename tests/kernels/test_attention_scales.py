@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from eval.flops import count_flops
-from kernels.attention import MaskSpec, attention, ref, tpu, xla
+from kernels.attention import MaskSpec, attention, gpu, ref, tpu, xla
+from kernels.errors import NotSupported
 from models.tokenizers.quantisers import schedules
 from tests.kernels.seven_checks import abstract_on
 from tests.kernels.test_attention import close, tensors
@@ -42,9 +43,10 @@ def published(ratio, budget="1M"):
 
 
 def graded(run, inputs, mask, **options):
-    """Result and the three gradients."""
+    """Result and the three gradients, of a cotangent that bfloat16 holds exactly."""
     out, pull = jax.vjp(lambda *x: run(*x, mask, scale=0.3, softcap=None, **options), *inputs)
-    return out, pull(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+    weights = jnp.cos(jnp.arange(out.size)).astype(jnp.bfloat16)
+    return out, pull(weights.astype(out.dtype).reshape(out.shape))
 
 
 def test_the_rule_spelled_out():
@@ -155,6 +157,32 @@ def test_check_2_splash_in_bfloat16(small_blocks):
     close(got, ref.attention(*exact, mask_of(scales), **options), 1e-2)
 
 
+@pytest.mark.parametrize("tokens, offset", [(300, 0), (320, 0), (120, 180), (280, 20)])
+def test_checks_2_and_3_cudnn_by_scale_equals_ref(tokens, offset, monkeypatch):
+    """The calls that cuDNN gets, made with XLA in its place: a row, one with padding, scales
+    against the keys so far, a row that starts inside a scale."""
+    monkeypatch.setattr(gpu, "FEWEST", 70)
+    mask = mask_of(LONG[1], offset)
+    inputs = tensors((1, tokens, 300 if offset else tokens, 4, 2, 16, 24), jnp.bfloat16)
+    exact = [x.astype(jnp.float32) for x in inputs]
+    got = jax.jit(lambda x: graded(gpu.attention, x, mask, library="xla"))(inputs)
+    want = jax.jit(lambda x: graded(ref.attention, x, mask))(exact)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == jnp.bfloat16
+        close(a, b, 1e-2)
+
+
+def test_what_cudnn_does_not_take():
+    x = jnp.zeros((1, 512, 2, 16), jnp.bfloat16)
+    for mask, match in (
+        (MaskSpec(scales=(512,)), "scales alone"),
+        (MaskSpec(causal=False, window=5, scales=(512,)), "windows that are causal"),
+        (mask_of((12, 500)), "512 queries or more of a scale"),
+    ):
+        with pytest.raises(NotSupported, match=match):
+            attention(x, x, x, mask, impl="gpu")
+
+
 @pytest.mark.parametrize("impl", ["xla", "tpu_interpret"])
 def test_check_4_scales_one_by_one_equal_the_row(impl, small_blocks):
     """Each scale against the keys so far, and against a cache of the whole row whose later scales
@@ -250,3 +278,23 @@ def test_check_6_tpu_compiles_at_one_megapixel(topology, multiple):
     kinds = ("fwd", "dq", "dkv")
     assert [sum(f"splash_mha_{x}" in line for line in calls) for x in kinds] == [1, 1, 1]
     assert compiled.memory_analysis().temp_size_in_bytes < 10 * 2 * length * 16 * 128
+
+
+@pytest.mark.aot
+def test_check_6_hopper_calls_cudnn_for_each_long_scale(monkeypatch):
+    """Told that there is a cuDNN, impl="auto" asks it for the five scales of 1M with 512 tokens or
+    more, forward and backward; XLA does the 921 tokens before them."""
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the aot extra")
+    library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91400)
+    device, mesh = abstract_on("h100:1")
+    place = jax.sharding.SingleDeviceSharding(device)
+    mask, tokens = published(1.0)
+    x = jax.ShapeDtypeStruct((1, tokens, *HEADS), jnp.bfloat16, sharding=place)
+    total = lambda *x: attention(*x, mask).astype(jnp.float32).sum()  # noqa: E731
+    with mesh:
+        traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(x, x, x)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text().replace("\\22", '"')
+    assert [text.count(f"@__cudnn$fmhaSoftmax{x}(") for x in ("", "Backward")] == [5, 5]
+    kinds = [text.count(f'"mask_type": "{x}"') for x in ("NO_MASK", "PADDING")]
+    assert kinds == [0, 10]  # an odd number of keys each time
