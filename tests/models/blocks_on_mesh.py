@@ -1,4 +1,4 @@
-"""Decoder loss, gradients, decoding and tower on the meshes in argv against one device.
+"""Decoder loss, gradients, decoding, tower and text encoder on meshes against one device.
 
 python blocks_on_mesh.py data,fsdp,tensor,seq ...     prints "mesh what largest-relative-difference"
 """
@@ -17,6 +17,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from kernels.attention import MaskSpec  # noqa: E402
+from models import t5  # noqa: E402
 from models.blocks.decoder import SIZES, Decoder, init_cache  # noqa: E402
 from models.blocks.losses import chunked_cross_entropy  # noqa: E402
 from models.blocks.vit import SIZES as VITS  # noqa: E402
@@ -25,21 +26,23 @@ from training.sharding import MESH_AXES, make_mesh, scope, shardings_for  # noqa
 
 # One kv head does not divide over two devices; a vocabulary of 510 needs padded slices.
 CFG = dataclasses.replace(SIZES["debug"], vocab_size=510, layers=3, window=6)
+T5 = dataclasses.replace(t5.SIZES["debug"], heads=4)
 BATCH, LENGTH = 8, 16
 
 
 def init(key):
-    """Boxed parameters of decoder and tower."""
+    """Boxed parameters of decoder, tower and text encoder."""
     tokens, images = jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 32, 32, 3))
     tower = dataclasses.replace(VITS["debug"], map_head=True)
     return {
         "decoder": Decoder(CFG).init(key, tokens, method="text")["params"],
         "vit": ViT(tower).init(key, images, method="pooled")["params"],
+        "t5": t5.init(key, T5),
     }
 
 
 def everything(params, tokens, images):
-    """Loss and gradients, hidden states of two cached steps, pooled images."""
+    """Loss and gradients, hidden states of two cached steps, pooled images, embedded text."""
     decoder = Decoder(CFG, remat="dots")
     variables = {"params": params["decoder"]}
     lengths = jnp.arange(BATCH) % 5 + 6
@@ -66,7 +69,8 @@ def everything(params, tokens, images):
         hidden, cache = decoder.apply(variables, embed(ids), None, lengths[:, None] + i, cache)
     tower = ViT(dataclasses.replace(VITS["debug"], map_head=True))
     pooled = tower.apply({"params": params["vit"]}, images, method="pooled")[1]
-    return {"loss": value, "gradient": grads, "decode": hidden, "pooled": pooled}
+    text = t5.encode(params["t5"], T5, tokens, lengths)
+    return {"loss": value, "gradient": grads, "decode": hidden, "pooled": pooled, "text": text}
 
 
 def main(meshes):

@@ -26,7 +26,7 @@ def test_8_devices_equal_one_device():
     )
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [line.split() for line in run.stdout.splitlines()]
-    assert len(lines) == 5 * len(MESHES)
+    assert len(lines) == 6 * len(MESHES)
     for mesh, what, value in lines:
         if what == "shards":
             assert int(value) == MESHES[mesh]
