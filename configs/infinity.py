@@ -108,18 +108,20 @@ def _published(variant):
     model = MODEL | dict(
         transformer=dict(size=size),
         tokenizer=dict(size=tokenizer),
-        text=dict(name="t5", size="flan_t5_xl"),
+        text=dict(name="t5", size="xl"),  # data.text_embeddings: its folder
+        vocab_size=32_128,
     )
     return common.base(
         steps=150_000 if side == 256 else 60_000,
         batch_size=batch,
         model=model,
-        objective=dict(name="model", freeze=("vae", "text")),
+        objective=dict(name="model", freeze=("vae",)),
         data=data_config(
             name="image_text",
             source="folder",
             image_size=side,
             prompt_length=512,
+            text_embeddings="flan-t5-xl",
             mix=dict(t2i=1.0, caption=0.0, vqa=0.0),
         ),
         optimizer=dict(

@@ -11,7 +11,7 @@ from flax.linen import meta
 
 from eval import common
 from export import weights
-from input_pipeline import layout, sources, store, tokenizers
+from input_pipeline import layout, sources, store, text_embeddings, tokenizers
 from input_pipeline.examples import Examples, concatenate
 from models import glyph_classifier
 
@@ -126,7 +126,10 @@ def tokenizer(config) -> tokenizers.TextTokenizer:
 
 
 def prompts(config, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as the training batches hold them: int32 [n, P] right-padded, lengths [n]."""
+    """Prompts as the training batches hold them: int32 [n, P] right-padded, lengths [n]; vectors
+    [n, P, D] in place of tokens with config.data.text_embeddings."""
+    if config.data.text_embeddings:
+        return text_embeddings.prompts(config, captions)
     tok = tokenizer(config)
     rows = [layout.encode_prompt(tok, c, config.data.prompt_length) for c in captions]
     return np.stack([r.tokens for r in rows]), np.array([r.length for r in rows], np.int32)

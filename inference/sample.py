@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from inference import drawing, pictures, unified, writing
-from input_pipeline import layout
+from input_pipeline import layout, text_embeddings
 
 
 def write(config, model, params, *, tokenizer, step, rng, workdir) -> None:
@@ -59,19 +59,20 @@ def respond(config, model, params, *, tokenizer, step, rng, workdir, prompts, im
 
 def draw(config, model, params, tokenizer, prompts, rng, source=None):
     """One picture per prompt with the sampler settings of config.sample."""
+    asked = _encode(config, tokenizer, prompts)
+    return pictures.generate(config, model, params, *asked, rng, source=source)
+
+
+def _encode(config, tokenizer, prompts) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, lengths) of prompts, or what an encoder says of them in place of the tokens."""
+    if config.data.text_embeddings:
+        return text_embeddings.prompts(config, prompts)
     encoded = [layout.encode_prompt(tokenizer, p, config.data.prompt_length) for p in prompts]
     for prompt, one in zip(prompts, encoded):
         if one.truncated:
             print(f"prompt cut to {config.data.prompt_length} tokens: {prompt!r}")
-    return pictures.generate(
-        config,
-        model,
-        params,
-        np.stack([e.tokens for e in encoded]),
-        np.array([e.length for e in encoded], np.int32),
-        rng,
-        source=source,
-    )
+    lengths = np.array([e.length for e in encoded], np.int32)
+    return np.stack([e.tokens for e in encoded]), lengths
 
 
 def answer(config, model, params, tokenizer, pictures, questions) -> list[str]:

@@ -5,6 +5,7 @@ tokenizer.json. Rows are ragged and kept one after another, float16, memory-mapp
 batch holds is read.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -111,6 +112,26 @@ class Encoder:
         if not np.isfinite(out).all():
             raise ValueError("an embedding is not finite in float16")
         return [out[row, : len(found)] for row, found in enumerate(ids)]
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(folder: Path) -> Encoder:
+    return Encoder(folder)
+
+
+def prompts(config, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(float16 [n, width, D] with zeros behind a row's length, lengths int32 [n]) of new texts, in
+    the shape of a batch's captions."""
+    from models import t5
+
+    limit = min(config.data.prompt_length, t5.MAX_TOKENS)
+    encoder = _encoder(latents.weights_path(config.data, "text_embeddings"))
+    ids = encoder.tokens(texts, limit)
+    out = np.zeros((len(ids), limit, encoder.cfg.width), np.float16)
+    for begin in range(0, len(ids), BATCH):
+        for row, value in enumerate(encoder._embed(ids[begin : begin + BATCH], limit), begin):
+            out[row, : len(value)] = value
+    return out, np.array([len(row) for row in ids], np.int32)
 
 
 def captions(config, found: Examples) -> Captions:

@@ -316,9 +316,6 @@ class Infinity(nn.Module):
         self.pos_start = self.param("pos_start", *_table(init, (dim,), "norm"))
         self.level = self.param("level", *_table(init, (LEVELS, dim), "positions", "embed"))
         self.word = dense((dim,), ("width_in", "embed"), self.dtype)
-        block = remat_block(Block, self.remat, looped=cfg.depth > 1)
-        scan = scan_layers(block, cfg.depth, (0, nn.broadcast), unroll=self.remat == "none")
-        self.layers = scan(cfg, self.dtype)
         small = nn.initializers.normal(cfg.std * 1e-3)
         axes = ("embed", None, "width_out")
         self.head_modulation = Linear((2, dim), axes, jnp.float32, 1, True, small)
@@ -353,7 +350,15 @@ class Infinity(nn.Module):
     def trunk(self, x, ids, layer: PerLayer, shared: Shared, cache=None):
         """Inputs [b, l, c] of the scales `ids` [l] -> (hidden states, float32, cache)."""
         x = constrain(x + self.level[ids], "batch", "length", "act_embed")
-        return self.layers((x, cache), layer, shared)[0]
+        return self._stack((x, cache), layer, shared)
+
+    @nn.compact
+    def _stack(self, carry, layer, shared):
+        """The scanned blocks; sampling gains nothing from writing a short stack out."""
+        cfg, block = self.cfg, remat_block(Block, self.remat, looped=self.cfg.depth > 1)
+        unroll = carry[1] is None and self.remat == "none"
+        scan = scan_layers(block, cfg.depth, (0, nn.broadcast), unroll=unroll)
+        return scan(cfg, self.dtype, name="layers")(carry, layer, shared)[0]
 
     def head(self, condition: Condition) -> Head:
         """The two columns of each bit as their difference, and the rows' modulation."""

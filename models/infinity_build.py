@@ -20,7 +20,7 @@ from export.weights import compose
 from kernels.attention import MaskSpec
 from kernels.bitwise import bitwise_cross_entropy, ref
 from kernels.bitwise.bits import unpack
-from models import Model, infinity, infinity_text, infinity_weights, sized
+from models import Model, infinity, infinity_text, infinity_weights, sized, t5
 from models.blocks.common import row_keys
 from models.infinity import Condition, PerLayer, Shared, TransformerConfig
 from models.infinity_scales import Rope2d, rope2d, scale_ids, scale_weights
@@ -82,9 +82,10 @@ def apply(system: System, params, method: str, *args):
 
 
 def encode_text(system: System, params, tokens, length):
-    """Right-padded token ids and their lengths -> (vectors [b, p, width], valid [b, p])."""
+    """Right-padded token ids (or what the encoder takes) and their lengths -> (vectors [b, p,
+    width], valid [b, p])."""
     valid = jnp.arange(tokens.shape[1]) < length[:, None]
-    return system.text.encode(params["text"], tokens, valid), valid
+    return system.text.encode(params.get("text", {}), tokens, valid), valid
 
 
 def condition(system: System, params, text, valid, drop: Bool[Array, "b"] | None = None):
@@ -94,7 +95,8 @@ def condition(system: System, params, text, valid, drop: Bool[Array, "b"] | None
 
 def captions(system: System, params, batch, drop: Bool[Array, "b"] | None = None) -> Condition:
     """Condition of a batch's captions."""
-    text = encode_text(system, params, batch["gen_tokens"], batch["gen_length"])
+    given = ("gen_text", "gen_text_length") if "gen_text" in batch else ("gen_tokens", "gen_length")
+    text = encode_text(system, params, *(batch[key] for key in given))
     return condition(system, params, *text, drop)
 
 
@@ -110,7 +112,7 @@ def states(
     cfg, ids = system.cfg.transformer, scale_ids(schedule)
     start = apply(system, params, "start", condition)
     x = jnp.concatenate([start, apply(system, params, "embed", inputs)], axis=1)
-    mask = MaskSpec(causal=False, q_scale_ids=jnp.asarray(ids)[None])
+    mask = MaskSpec(causal=False, scales=tuple(h * w for h, w in schedule))
     shared = Shared(condition, rope2d(schedule, cfg.head_dim), mask)
     layers = PerLayer(jnp.arange(cfg.depth), keep)
     return apply(system, params, "trunk", x, ids, layers, shared)[0]
@@ -329,19 +331,30 @@ def grid_for(config, cfg: InfinityConfig, ratio: float) -> tuple[int, int]:
     return tuple(n * patch for n in RATIOS[ratio][scales - 1])
 
 
-def batch_specs(config, cfg: InfinityConfig) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+def text_spec(config, text: infinity_text.TextEncoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch's captions: tokens, and with config.data.text_embeddings what an encoder said."""
+    rows, length = config.batch_size, config.data.prompt_length
+    one = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    if not config.data.text_embeddings:
+        return {"gen_tokens": tokens, "gen_length": one}
+    longest = min(length, t5.MAX_TOKENS)
+    vectors = jax.ShapeDtypeStruct((rows, longest, text.width), jnp.float16)
+    return {
+        "gen_tokens": tokens, "gen_length": one, "gen_text": vectors, "gen_text_length": one
+    }  # fmt: skip
+
+
+def batch_specs(config, system: System) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """One bucket of captioned pictures per aspect ratio."""
-    mix, rows = config.data.mix, config.batch_size
+    cfg, mix, rows = system.cfg, config.data.mix, config.batch_size
     if config.data.name == "image_text" and (mix.caption or mix.vqa or not mix.t2i):
         raise ValueError("config.data.mix: this model draws only; caption and vqa must be 0")
 
     def spec(ratio):
         sides = (n * cfg.tokenizer.stride for n in grid_for(config, cfg, ratio))
-        return {
-            "gen_tokens": jax.ShapeDtypeStruct((rows, config.data.prompt_length), jnp.int32),
-            "gen_length": jax.ShapeDtypeStruct((rows,), jnp.int32),
-            "gen_image": jax.ShapeDtypeStruct((rows, *sides, 3), jnp.uint8),
-        }
+        image = jax.ShapeDtypeStruct((rows, *sides, 3), jnp.uint8)
+        return text_spec(config, system.text) | {"gen_image": image}
 
     return {f"{ratio:g}": spec(ratio) for ratio in config.model.ratios}
 
@@ -384,10 +397,11 @@ def build(config) -> Model:
 
     def init(rng):
         own, words, vae = jax.random.split(rng, 3)
+        words = text.init(words)
         return {
             "transformer": infinity.init(own, cfg.transformer),
-            "text": text.init(words),
             "vae": discrete.init(vae, cfg.tokenizer),
+            **({"text": words} if words else {}),
         }, {}
 
     weights: dict[str, Any] = {
@@ -400,6 +414,6 @@ def build(config) -> Model:
         loss=functools.partial(loss, system),
         norms=norms,
         predict=predictions(system, functools.partial(grid_for, config, cfg), dtype),
-        batches=batch_specs(config, cfg),
+        batches=batch_specs(config, system),
         weights=compose(weights),
     )

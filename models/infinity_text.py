@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from export.weights import WeightMap
 from kernels.attention import MaskSpec
-from models import sized
+from models import sized, t5
 from models.blocks import decoder_weights
 from models.blocks.decoder import SIZES as DECODERS
 from models.blocks.decoder import Decoder
@@ -30,12 +30,29 @@ class TextEncoder(NamedTuple):
 
 
 def build(config) -> TextEncoder:
-    """The encoder that config.model.text names: "decoder", trained along, in place of Flan-T5."""
+    """The encoder that config.model.text names.
+
+    decoder: a small stack trained along. t5: Flan-T5, frozen; batches bring what it says of the
+    captions (config.data.text_embeddings), and it is no part of the model.
+    """
     node = dict(config.model.text)
-    match name := node.pop("name"):
-        case "decoder":
-            return _decoder(config, node)
-    raise ValueError(f"config.model.text.name={name!r}: allowed are decoder")
+    name, embedded = node.pop("name"), config.data.text_embeddings
+    if name not in ("decoder", "t5"):
+        raise ValueError(f"config.model.text.name={name!r}: allowed are decoder, t5")
+    if (name == "t5") != bool(embedded):
+        raise ValueError(
+            f"config.model.text.name={name!r} with config.data.text_embeddings={embedded!r}: t5 "
+            "needs the folder of the published encoder, decoder none"
+        )
+    return _decoder(config, node) if name == "decoder" else _embedded(node)
+
+
+def _embedded(node) -> TextEncoder:
+    """Vectors in place of tokens."""
+    cfg = sized(t5.SIZES, node, "model.text")
+    return TextEncoder(
+        lambda rng: {}, lambda params, vectors, valid: vectors, cfg.width, WeightMap({})
+    )
 
 
 def _decoder(config, node) -> TextEncoder:

@@ -295,7 +295,7 @@ def test_buckets_of_aspect_ratios():
         (dict(model__correction="bsc"), "config.model.correction='bsc': allowed are self, random"),
         (dict(model__transformer__size="3b"), "config.model.transformer.size='3b': allowed are"),
         (dict(model__tokenizer__quantiser="vq"), "quantiser='vq': allowed is bsq"),
-        (dict(model__text__name="clip"), "config.model.text.name='clip': allowed are decoder"),
+        (dict(model__text__name="clip"), "config.model.text.name='clip': allowed are decoder, t5"),
         (dict(data__prompt_length=64), "config.data.prompt_length=64 is more than"),
         (dict(data__mix__caption=1.0), "config.data.mix: this model draws only"),
     ],

@@ -1,0 +1,138 @@
+"""Infinity's sampler against the official one and against the masked forward pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from inference import infinity as sampler
+from kernels.bitwise.bits import unpack
+from models.blocks.common import row_keys
+from models.tokenizers.conv import depth_to_space
+from models.tokenizers.quantisers import schedules
+from models.tokenizers.quantisers.bits import code, unpack_scales
+from models.tokenizers.quantisers.resize import resize
+from tests.golden import recipes
+from tests.models import infinity_case as case
+
+GUIDANCE = (1.0, 2.0, 3.0, 1.0, 3.0, 3.0, 3.0)  # of the golden pictures
+
+
+def greedy(model, params, **options):
+    tokens = np.zeros((2, 5), np.int32)
+    key = jax.random.key(0)
+    return sampler.generate_images(
+        model, params, tokens, case.LENGTHS, key, temperature=0.0, **options
+    )
+
+
+def test_greedy_pictures_match_the_official_sampler():
+    """Every bit of seven scales, with guidance on hidden states at some of them (spec 2.7)."""
+    _, params, model = case.golden()
+    got = greedy(model, params, guidance=GUIDANCE, insertion=-2)
+    np.testing.assert_allclose(got.latents, recipes.load("infinity")["drawn_features"], atol=1e-5)
+    assert got.bits.shape == (2, 533, 1) and got.images.dtype == jnp.uint8
+
+
+def test_patchified_pictures_match_the_official_sampler():
+    """Guidance on log odds; a token's 24 bits are 2 x 2 latents of 6."""
+    _, params, model = case.golden(patchify=True)
+    got = greedy(model, params, guidance=2.0)
+    np.testing.assert_allclose(got.latents, recipes.load("infinity")["drawn_patchified"], atol=1e-5)
+    layout = model.predict["layout"](1.0)
+    bits = schedules.split(unpack(got.bits, 24) != 0, layout.tokens)
+    again = sum(resize(code(depth_to_space(b, 2)), (16, 16)) for b in bits)
+    np.testing.assert_allclose(again, got.latents, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.5, 0.333, "patchified"])
+def test_check_6_cached_scales_equal_the_masked_forward_pass(ratio):
+    """Hidden states within 1e-5 in float32, at the first scales of each ratio; ragged text."""
+    patchify = ratio == "patchified"
+    system, params, model = case.golden(patchify)
+    schedule = schedules.infinity(1.0 if patchify else ratio, "0.06M")[:3]
+    bits = system.cfg.transformer.bits
+    inputs = recipes.normal(3, 2, schedules.tokens(schedule) - 1, bits)
+
+    @jax.jit
+    def both(params, inputs):
+        predict = model.predict
+        text = predict["encode_text"](params, jnp.zeros((2, 5)), case.LENGTHS)
+        condition = predict["condition"](params, *text)
+        memory = predict["text_cache"](params, condition)
+        cache, begin, out = predict["init_cache"](2, schedule), 0, []
+        x = predict["start"](params, condition)
+        for k, (h, w) in enumerate(schedule):
+            if k:
+                x = predict["embed"](params, inputs[:, begin : begin + h * w])
+                begin += h * w
+            step = predict["scale_step"](params, x, condition, memory, cache, schedule, k)
+            out.append(step[0])
+            cache = step[1]
+        return jnp.concatenate(out, 1), predict["states"](params, condition, inputs, schedule)
+
+    cached, masked = both(params, inputs)
+    recipes.assert_close(cached, masked, 1e-5)
+
+
+# ---------------------------------------------------------------- the small model
+
+
+@functools.cache
+def program(guided: bool = False):
+    """Compiled sampler of the small model, and the keys of its rows."""
+    model, _ = case.tiny()
+    run = sampler._compiled(tuple(model.predict.items()), (guided,) * 3, 0, 1.0, not guided)
+    return run, row_keys(jax.random.key(1), jnp.arange(8))
+
+
+def drawn(guidance: float = 1.0, order=slice(None), guided: bool = False):
+    """Pictures of the batch's prompts in another order."""
+    model, params = case.tiny()
+    batch, (run, keys) = case.batch_of(model), program(guided)
+    ones = np.ones(3, np.float32)
+    tokens, lengths = (batch[k][order] for k in ("gen_tokens", "gen_length"))
+    return run(params, tokens, lengths, keys[order], guidance * ones, ones, np.float32(0.97))
+
+
+def test_pictures_are_their_bits():
+    """Bits to codes to latents to pixels, and what the strip shows of every scale."""
+    model, params = case.tiny()
+    got = drawn()
+    scales = model.predict["layout"](1.0).latents
+    bits = unpack_scales(got.bits, scales, 8)
+    latents = sum(resize(code(b), (4, 4)) for b in bits)
+    np.testing.assert_allclose(got.latents, latents, atol=1e-6)
+    pixels = jax.jit(model.predict["decode_latents"])(params, latents)
+    images = np.floor((np.clip(pixels, -1, 1) + 1) / 2 * 255)
+    assert np.abs(got.images - images).max() <= 1  # of 255, at the edge of a level
+    assert got.strip.shape == (3, 8, 16, 16, 3)
+    np.testing.assert_array_equal(got.strip[-1], got.images)
+
+
+def test_check_10_guidance_of_one_is_the_path_without():
+    """The program with rows without text, at guidance 1, draws what the program without them
+    does."""
+    np.testing.assert_array_equal(drawn(guided=True).bits, drawn().bits)
+    assert (drawn(4.0, guided=True).bits != drawn().bits).any()
+
+
+def test_rows_draw_alone():
+    """A row's picture depends on its prompt and its key, not on the batch around it."""
+    order = np.arange(8)[::-1]
+    np.testing.assert_array_equal(drawn(order=order).bits[order], drawn().bits)
+
+
+def test_lists_per_scale_are_checked():
+    model, params = case.tiny()
+    tokens = np.zeros((1, 6), np.int32)
+    draw = functools.partial(
+        sampler.generate_images, model, params, tokens, np.ones(1, np.int32), jax.random.key(0)
+    )
+    with pytest.raises(ValueError, match="config.sample.guidance=.* one for each of the 3 scales"):
+        draw(guidance=(1.0, 2.0))
+    with pytest.raises(ValueError, match="config.sample.insertion=-2: 0 .log odds., or -1 to -1"):
+        draw(guidance=3.0, insertion=-2)
+    assert sampler.pyramid(1, 3, 3) == (1.0, 2.0, 3.0)
