@@ -1,5 +1,7 @@
 """The weights that come with the repository: what the default run and its evaluators rest on."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,26 +14,42 @@ from configs.evals import eval_config
 from eval import common, data, metrics, retrieval
 from export.load import load_pretrained
 from input_pipeline import openmoji
-from models.tokenizers import kl_vae, kl_vae_weights
+from models.tokenizers import discrete, discrete_weights, kl_vae, kl_vae_weights
 
 
-def tokenizer(size):
-    """Function of uint8 pictures: through the shipped tokenizer and back."""
+def rebuilder(path: str, abstract, weight_map, rebuild):
+    """uint8 pictures through shipped weights and back, by `rebuild(params, images)`."""
+    path = data.ROOT / "models/tokenizers/weights" / path
+    assert path.stat().st_size < 2_000_000
+    run = functools.partial(jax.jit(rebuild), load_pretrained(path, weight_map, abstract))
+    return lambda images: common.to_uint8(np.asarray(run(common.to_float(images))))
+
+
+def kl(size):
+    """The KL autoencoder, by the mean of its posterior."""
     cfg = kl_vae.SIZES[f"small_{size}"]
     abstract = jax.eval_shape(lambda: meta.unbox(kl_vae.init(jax.random.key(0), cfg)))
-    path = data.ROOT / f"models/tokenizers/weights/kl_vae_{size}.safetensors"
-    assert path.stat().st_size < 2_000_000
-    params = load_pretrained(path, kl_vae_weights.weight_map(cfg), abstract)
 
-    @jax.jit
-    def rebuild(images):
+    def rebuild(params, images):
         return kl_vae.decode(params, cfg, kl_vae.posterior_mean(kl_vae.encode(params, cfg, images)))
 
-    return lambda images: common.to_uint8(np.asarray(rebuild(common.to_float(images))))
+    names = kl_vae_weights.weight_map(cfg)
+    return rebuilder(f"kl_vae_{size}.safetensors", abstract, names, rebuild)
 
 
-@pytest.mark.parametrize("size, least", [(32, 20.0), (64, 24.0)])
-def test_tokenizer_and_classifier(size, least):
+def bsq(size):
+    """The binary tokenizer."""
+    cfg = discrete.SIZES[f"small_{size}"]
+
+    def rebuild(params, images):
+        return discrete.decode(params, cfg, discrete.encode(params, cfg, images))
+
+    names = discrete_weights.weight_map(cfg)
+    return rebuilder(f"bsq_vae_{size}.safetensors", discrete.abstract(cfg), names, rebuild)
+
+
+@pytest.mark.parametrize("kind, size, least", [(kl, 32, 20.0), (kl, 64, 24.0), (bsq, 32, 22.0)])
+def test_tokenizer_and_classifier(kind, size, least):
     """Held-out food glyphs survive the tokenizer, and the classifier knows rebuilt pictures again:
     the ceiling of what retrieval can report for drawn ones."""
     settings = ConfigDict(
@@ -40,7 +58,7 @@ def test_tokenizer_and_classifier(size, least):
             evaluation=eval_config(),
         )
     )
-    rebuild = tokenizer(size)
+    rebuild = kind(size)
     held_out = openmoji.load(settings.data, "test", size)
     real = held_out.pictures.gather(np.arange(len(held_out)))
     assert metrics.psnr(rebuild(real), real).mean() > least
