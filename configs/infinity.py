@@ -39,11 +39,15 @@ MODEL = dict(
     reweight=True,  # a token's loss over the side of its scale
     text_drop=0.1,  # of captions
 )
-# Not decayed by the paper's script, beside vectors.
+# Not decayed by the official script, beside vectors: tables, modulation, biases of several heads.
 UNDECAYED = tuple(
     f"transformer/{leaf}"
-    for leaf in ("uncond", "level", "layers/modulation", "layers/sa/scale", "text_pool/query")
-)
+    for leaf in (
+        "uncond", "level", "text_pool/query", "text_pool/v/bias", "modulation/bias",
+        "head_modulation/bias", "layers/modulation", "layers/sa/q/bias", "layers/sa/v/bias",
+        "layers/ca/q/bias", "layers/ca/v/bias",
+    )
+)  # fmt: skip
 SAMPLE = dict(
     prompts=("red apple", "tiger", "un chat", "Auto", "Apfel", "ピザ"),
     guidance=(3.0,),  # one number, or one for each scale

@@ -162,6 +162,7 @@ PANELS = {
         "eval/captioning/train_loss_unigram",
     ),
     "text_accuracy": (),
+    "bit_nll": ("eval/bits/train_nll", "eval/bits/held_out_nll"),
 }
 
 LINEAR = ("text_accuracy",)
