@@ -9,7 +9,7 @@ Any quantiser and size is an override: --config.model.tokenizer.z=32, .scales=1 
 
 | variant | trains | where, how long |
 | --- | --- | --- |
-| (none) | 32 px to 85 tokens of 16 bits, 4 scales, 0.6 M parameters | 2 CPU cores, 20 minutes |
+| (none) | 32 px to 85 tokens of 16 bits, 4 scales, 0.6 M parameters | 2 CPU cores, half an hour |
 | 64 | the same tokens of 64 px, 2.5 M parameters | 2 CPU cores, half an hour |
 | full | 64 with every loss on: LPIPS (AlexNet, the eval extra), PatchGAN | 2 CPU cores, hours |
 | debug | 20 steps of the default | under a minute |
