@@ -66,8 +66,8 @@ def get_config(arg=""):
     if variant in PUBLISHED:
         return _published(variant)
     config = common.base(
-        steps=2000,
-        batch_size=64,
+        steps=1500,
+        batch_size=32,
         model=MODEL,
         objective=dict(name="model", freeze=("vae",)),
         data=data_config(
@@ -81,7 +81,7 @@ def get_config(arg=""):
         ),
         init_from=f"vae={TOKENIZER}",
         optimizer=dict(lr=2e-3, b2=0.97, weight_decay=0.02, clip=1.0, undecayed=UNDECAYED),
-        schedule=dict(name="wsd", warmup=80, decay=600, final=0.02),
+        schedule=dict(name="wsd", warmup=80, decay=500, final=0.02),
         ema=dict(decay=0.998, warmup=True),
         sample=SAMPLE,
         evals=EVALS,
