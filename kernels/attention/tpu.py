@@ -24,7 +24,10 @@ from kernels.errors import NotSupported
 
 # Queries and keys of a block. By the compilers' schedules for v5e at Hymba 1.5B's shape, larger
 # ones are no better under a window of 1,025 and smaller ones worse (docs/kernels.md).
-BLOCK, BLOCK_OF_SCALES, BLOCK_IN_WINDOW = 1024, 1024, 512
+BLOCK, BLOCK_IN_WINDOW = 1024, 512
+# Under scales small blocks fit the staircase better and cost more for their size: bundles of one of
+# each, forward and backward, for v5e at heads of 128.
+BLOCKS_OF_SCALES = {512: 6068, 640: 9187, 768: 12213, 896: 16075, 1024: 19748}
 LANES, RANGE_BITS = 128, 15
 FEWEST = 512  # queries; a shorter row is one block of scores, which XLA does without padding
 
@@ -59,7 +62,7 @@ def attention(
     _check(q, k, v, mask, 1 if interpret else FEWEST)
     b, t, h, _ = q.shape
     s, g = k.shape[1:3]
-    block = block or block_of(mask)
+    block = block or block_of(mask, t, s)
     rows, columns = min(block, _up(t, LANES)), min(block, _up(s, LANES))
     queries, keys = _up(t, rows), _up(s, columns)
     ranges = _ranges(mask, t, s)
@@ -97,11 +100,14 @@ def attention(
     return jnp.swapaxes(out, 1, 2)[:, :t, :, : v.shape[-1]].astype(v.dtype)
 
 
-def block_of(mask: MaskSpec) -> int:
+def block_of(mask: MaskSpec, queries: int, keys: int) -> int:
     """Queries and keys of a block, where the row has as many."""
     if mask.window is not None:
         return BLOCK_IN_WINDOW
-    return BLOCK_OF_SCALES if mask.scales else BLOCK
+    if not mask.scales:
+        return BLOCK
+    costs = {n: x * len(mask.blocks(queries, keys, n, n)) for n, x in BLOCKS_OF_SCALES.items()}
+    return min(costs, key=costs.get)
 
 
 def _estimate(plan, q, k, v, size, name):

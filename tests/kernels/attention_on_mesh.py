@@ -89,7 +89,7 @@ def tensors(heads, kv_heads, ahead=0):
 def main() -> None:
     xla.PLAIN_LIMIT, xla.ROWS, xla.COLUMNS, xla.COLUMNS_IN_WINDOW = 256, 8, 16, 8
     xla.COLUMNS_OF_SCALES = 8
-    tpu.BLOCK = tpu.BLOCK_IN_WINDOW = tpu.BLOCK_OF_SCALES = 128
+    tpu.BLOCK, tpu.BLOCK_IN_WINDOW, tpu.BLOCKS_OF_SCALES = 128, 128, {128: 1}
     for impl, sizes, shape, names in cases():
         for name in names:
             print(json.dumps(one(impl, sizes, shape, name)), flush=True)

@@ -114,8 +114,8 @@ def test_checks_1_and_3_xla_equals_ref(shape, scales, offset):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks in few tokens."""
-    for name in ("BLOCK", "BLOCK_OF_SCALES", "BLOCK_IN_WINDOW"):
-        monkeypatch.setattr(tpu, name, 128)
+    monkeypatch.setattr(tpu, "BLOCK_IN_WINDOW", 128)
+    monkeypatch.setattr(tpu, "BLOCKS_OF_SCALES", {128: 1})
 
 
 def splash(*args, **options):
