@@ -310,8 +310,8 @@ class Infinity(nn.Module):
         self.text_norm = RMSNorm(offset=0.0)
         self.text_pool = TextPool(cfg)
         dense = lambda out, axes, dtype=jnp.float32: Linear(out, axes, dtype, 1, True, init)  # noqa: E731
-        self.text_in = dense((dim,), ("embed", "width_out"))
-        self.text_out = dense((dim,), ("embed", "width_out"))
+        self.text_in = dense((dim,), ("embed", "mlp"))
+        self.text_out = dense((dim,), ("mlp", "embed"))
         self.modulation = dense((6, dim), ("embed", None, "width_out"))
         self.pos_start = self.param("pos_start", *_table(init, (dim,), "norm"))
         self.level = self.param("level", *_table(init, (LEVELS, dim), "positions", "embed"))
@@ -336,8 +336,14 @@ class Infinity(nn.Module):
             text = jnp.where(drop[:, None, None], self.uncond[: text.shape[1]], text)
         text = self.text_norm(text)
         pooled = self.text_pool(text, valid)
-        memory = self.text_out(nn.gelu(self.text_in(text), approximate=True))
-        return Condition(pooled, self.modulation(nn.silu(pooled)), memory.astype(self.dtype), valid)
+        hidden = nn.gelu(self.text_in(text), approximate=True)
+        memory = self.text_out(constrain(hidden, "batch", None, "act_mlp"))
+        return Condition(
+            constrain(pooled, "batch", "act_embed"),
+            constrain(self.modulation(nn.silu(pooled)), "batch", None, "act_embed"),
+            constrain(memory.astype(self.dtype), "batch", None, "act_embed"),
+            valid,
+        )
 
     def start(self, condition: Condition) -> Float[Array, "b 1 c"]:
         """The first scale's input."""
