@@ -9,7 +9,7 @@ Data: OpenMoji glyphs with their CLDR names in 14 languages and scenes composed 
 | --- | --- | --- |
 | (none) | some glyphs and scenes, 32 px in 16 tokens, 3 M parameters | 2 CPU cores, 9 minutes |
 | debug | the same with a tiny model, a few steps | a minute at first, then less |
-| full | all glyphs, 64 px in 16 tokens; more scenes, packed questions | 2 CPU cores, 3 hours |
+| full | all glyphs, 64 px in 16 tokens; more scenes, packed questions | 2 CPU cores, 4 hours |
 | edit | edits of composed scenes, from the weights of the default run | minutes |
 | 0.7b, 2b | the paper's sizes, 256 px, your own pictures (config.data.path) | TPU or GPU pods |
 """
@@ -78,7 +78,7 @@ def _debug(config):
 
 
 def _full(config):
-    config.steps, config.batch_size, config.model.lam = 6500, 66, 0.05
+    config.steps, config.batch_size, config.model.lam = 9000, 66, 0.05
     config.model.update(image_size=64, picture_alone=True)
     config.model.decoder.update(width=256, layers=5, mlp=768, heads=4, kv_heads=2, head_dim=64)
     config.model.vit.update(width=192, layers=4, mlp=576, image_size=64)
@@ -101,7 +101,7 @@ def _full(config):
     )
     config.init_from = f"vae={weights}"
     config.optimizer.update(name="muon", lr=1.5e-3)
-    config.schedule.update(warmup=200, decay=1500)
+    config.schedule.update(warmup=200, decay=1500, cycles=(6500,))
     config.ema.decay = 0.999
     config.checkpoint.update(every=250, keep_every=3000)
     config.evaluation.update(captions=256, questions=400, prompts=240)
