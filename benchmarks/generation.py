@@ -1,6 +1,7 @@
 """Drawing and answering: what the cache, the compiled loop and the sampler cost.
 
     python -m benchmarks.generation [--config=configs/uniflud.py:full] [--batch=8] [--out=FILE]
+        [--set model.decoder.layers=6 ...]
 
 cached:      inference.unified, one compiled loop: each token runs the trunk on one position.
 recomputed:  one compiled loop too, but every token runs the trunk on the whole sequence.
@@ -146,7 +147,7 @@ class PythonHead:
 def build(args):
     """(config, model, params, prompt arrays, sampler settings)."""
     fixed = {"model.vocab_size": 4096, "precision": args.precision, "data.questions": 1}
-    config = load_config(args.config, **fixed)
+    config = load_config(args.config, *args.set, **fixed)
     if "patch" in config.model.vae:
         config.model.vae.patch = 1  # :full draws four latents a token: 64 tokens instead of 16
     model = MODELS[config.model.name](config)
@@ -245,6 +246,7 @@ def arguments(argv=None) -> argparse.Namespace:
     """Command line of this benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/uniflud.py:full")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the config")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50, help="diffusion steps per token")
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -263,6 +265,7 @@ def main(argv=None) -> None:
         common.show(row)
     options = f"--config={args.config} --batch={args.batch} --steps={args.steps}"
     more = f"--guidance={args.guidance:g} --precision={args.precision} --rounds={args.rounds}"
+    more += f" --set {' '.join(args.set)}" * bool(args.set)
     common.save(args.out, f"python -m benchmarks.generation {options} {more}", rows)
 
 

@@ -1,4 +1,4 @@
-"""Image tokenizers compared: one command trains every run with three seeds, then a table and a plot.
+"""Image tokenizers compared: one command trains every run with three seeds, then a table.
 
     python main.py --config=configs/bsq_vae_ablations.py:bits
 
