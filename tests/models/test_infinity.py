@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.linen import meta
 
 from export.weights import from_published, to_published
 from kernels.bitwise import bitwise_cross_entropy
@@ -167,9 +168,7 @@ def test_start_is_ln_2_and_small_branches():
     """Spec section 2.6, "Init": the head starts small, so that every bit starts undecided."""
     cfg = infinity.SIZES["debug"]
     params = jax.jit(lambda: infinity.init(jax.random.key(0), cfg))()
-    params = jax.tree.map(
-        lambda x: np.asarray(x.value), params, is_leaf=lambda x: hasattr(x, "value")
-    )
+    params = jax.tree.map(np.asarray, meta.unbox(params))
     std = math.sqrt(1 / (3 * 64))
     for path, want in {
         "sa/q": std, "sa/o": std / 2, "ca/o": std / 2, "mlp/in": std, "mlp/out": std / 2,
@@ -289,9 +288,29 @@ def test_buckets_of_aspect_ratios():
         MODELS["infinity"](config)
 
 
+def test_captions_embedded_before():
+    """With Flan-T5 the batch brings what the encoder says: the model has no text part, and what the
+    tokens are does not matter."""
+    options = dict(model__text=dict(name="t5", size="debug"), data__text_embeddings="folder")
+    model = MODELS["infinity"](case.tiny_config(**options))
+    spec = next(iter(model.batches.values()))
+    assert spec["gen_text"].shape == (8, 6, 32) and spec["gen_text"].dtype == jnp.float16
+    params = meta.unbox(jax.eval_shape(model.init, jax.random.key(0))[0])
+    assert params.keys() == {"transformer", "vae"}
+
+    def loss(params, batch):
+        rng, batch = jax.random.key(0), batch | {"example": jnp.arange(8)}
+        return model.loss(params, {}, batch, rng, step=0, norms=model.norms(batch))[0]
+
+    assert jax.eval_shape(loss, params, spec).shape == ()
+    del spec["gen_tokens"]
+    assert jax.eval_shape(loss, params, spec).shape == ()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (dict(data__text_embeddings="folder"), "config.model.text.name='decoder' with config.data"),
         (dict(model__correction="bsc"), "config.model.correction='bsc': allowed are self, random"),
         (dict(model__transformer__size="3b"), "config.model.transformer.size='3b': allowed are"),
         (dict(model__tokenizer__quantiser="vq"), "quantiser='vq': allowed is bsq"),
