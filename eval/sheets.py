@@ -23,7 +23,7 @@ def build(config):
     def evaluate(model, params, *, step, rng, workdir):
         folder = Path(workdir) / "samples"
         drawn = generation.drawn(config, model, params, step=step, rng=rng, workdir=workdir)
-        reads = "understanding_prefix" in model.predict
+        reads = "scale_step" not in model.predict  # Infinity draws only
         captioned = _captioned_rows(config, model, params) if reads else []
         answered = _answered_rows(config, model, params) if reads else []
         if jax.process_index() == 0:
