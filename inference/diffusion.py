@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 
 from models.blocks import diffusion_head as dh
 
-
 # Rows of a product with the modulation's weights: above some hundreds they are read once for all.
 MODULATED_ROWS = 1024
 
