@@ -53,7 +53,8 @@ def test_every_config_says_what_it_is(name):
 TRAINED = [
     name
     for name in CONFIGS
-    if name not in ("uniflud", "unifluid")  # tests/test_flagship.py runs their :debug whole
+    # tests/test_flagship.py and tests/test_notebook.py run these whole.
+    if name not in ("uniflud", "unifluid", "infinity")
     and load_config(f"{name}:debug").task == "train"
 ]
 
