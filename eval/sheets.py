@@ -13,7 +13,7 @@ from absl import logging
 from eval import common, data, generation
 from eval.captioning import answers_of
 from eval.questions import asked_questions
-from inference import drawing
+from inference import drawing, pictures
 from input_pipeline.layout import caption_question
 
 
@@ -23,7 +23,7 @@ def build(config):
     def evaluate(model, params, *, step, rng, workdir):
         folder = Path(workdir) / "samples"
         drawn = generation.drawn(config, model, params, step=step, rng=rng, workdir=workdir)
-        reads = "scale_step" not in model.predict  # Infinity draws only
+        reads = not pictures.only_draws(model)
         captioned = _captioned_rows(config, model, params) if reads else []
         answered = _answered_rows(config, model, params) if reads else []
         if jax.process_index() == 0:

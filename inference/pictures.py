@@ -8,6 +8,11 @@ def sampler(model):
     return infinity if "scale_step" in model.predict else unified
 
 
+def only_draws(model) -> bool:
+    """Whether the model can neither caption pictures nor answer questions about them."""
+    return sampler(model) is infinity
+
+
 def options(config, model) -> dict:
     """Keyword arguments of generate_images that config.sample sets."""
     return {k: config.sample[k] for k in sampler(model).SAMPLER_KEYS if k in config.sample}

@@ -50,7 +50,7 @@ def respond(config, model, params, *, tokenizer, step, rng, workdir, prompts, im
         if not prompts:
             raise ValueError("nothing to draw: give --prompt=TEXT or set config.sample.prompts")
         return _write_drawn(*common, prompts, rng, folder, step)
-    if "understanding_prefix" not in model.predict:
+    if pictures.only_draws(model):
         raise ValueError("--image: this model draws pictures from text only")
     if config.data.get("edit") and prompts:
         return _write_edits(*common, prompts, images, rng, folder, step)
@@ -128,9 +128,9 @@ def _write_answers(config, model, params, tokenizer, prompts, images, folder, st
     questions = prompts or [layout.caption_question(lang) for lang in config.data.langs]
     size = config.data.und_size or config.data.image_size
     asked = [(path, question) for path in images for question in questions]
-    pictures = {path: read_picture(path, size) for path in images}
+    read = {path: read_picture(path, size) for path in images}
     said = answer(
-        config, model, params, tokenizer, [pictures[p] for p, _ in asked], [q for _, q in asked]
+        config, model, params, tokenizer, [read[p] for p, _ in asked], [q for _, q in asked]
     )
     lines = [f"{path}\t{question}\t{text}" for (path, question), text in zip(asked, said)]
     print("\n".join(lines))
@@ -145,12 +145,12 @@ def _write_edits(config, model, params, tokenizer, prompts, images, rng, folder,
     seen = np.stack([read_picture(path, see) for path, _ in asked])
     before = np.stack([read_picture(path, generate) for path, _ in asked])
     tokens = model.predict["encode_latents"](params, before.astype(np.float32) / 127.5 - 1.0)
-    pictures = draw(
+    drawn = draw(
         config, model, params, tokenizer, [p for _, p in asked], rng, source=(seen, tokens)
     )
     cells = [
         ((old, new), prompt)
-        for old, new, (_, prompt) in zip(before, np.asarray(pictures.images), asked)
+        for old, new, (_, prompt) in zip(before, np.asarray(drawn.images), asked)
     ]
     out = folder / f"edit-{step}.png"
     drawing.picture_grid(out, f"step {step}: before, after", [("edits", cells)], columns=4)

@@ -1,6 +1,6 @@
 """Square crops of the photographs that scikit-image ships (extra `photos`), for image tokenizers.
 
-Two dozen pictures are no photo data set: they tell how a tokenizer does off the drawings it
+Sixteen pictures are no photo data set: they tell how a tokenizer does off the drawings it
 mostly sees. A photograph is in one split only, so a held-out crop shows nothing seen in training.
 """
 
