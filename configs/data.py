@@ -45,6 +45,7 @@ def data_config(**overrides) -> ml_collections.ConfigDict:
             stages=((0, ()),)[:0],  # ((steps, ((folder below path, share), ...)), ...)
             length=256,  # tokens per row of text (name="text", "recall", "needle")
             pairs=8,  # keys with values to remember in a row (name="recall", "needle")
+            fewest=0,  # questions of a training row: about so many to all pairs; 0 = all
         )
     )
     config.update(overrides)

@@ -10,8 +10,8 @@ Leaves report.md, report.json and report.png in the workdir.
 
 | variant | compares by | expected sign |
 | --- | --- | --- |
-| (none), recall | associative recall: 4 keys with values in 32 tokens | Mamba far below the rest |
-| state | recall, Hymba and Mamba of one size, one number of state a channel | Mamba clearly lower |
+| (none), recall | 8 of 24 keys, one number of state a channel | Mamba far below the rest |
+| state | the same with two layers and equal sizes | Mamba clearly lower |
 | needle | 4 keys with values in 256 tokens, windows of 8 | all windows far below two global |
 | text | bits per byte, bytes of the state, tokens a second | side by side >= one after the other |
 | meta | share of attention on the first token, entropy | both fall with meta tokens |
@@ -65,8 +65,13 @@ def get_config(arg=""):
         few = {name: GROUPS[name] for name in ("mamba", "+ meta tokens")}
         return ablation("configs/recall.py:debug,model=hymba", few, (), columns, (0,))
     if variant == "state":
-        matched = (*GROUPS["mamba"], f"{NODE}mlp=175")  # 244,824 parameters; Hymba has 244,568
-        pair = {"Hymba": GROUPS["+ meta tokens"], "Mamba": matched}
-        return ablation("configs/recall.py:model=hymba", pair, (f"{NODE}state=1",), columns)
-    task = "needle,model=hymba" if variant == "needle" else "model=hymba"
-    return ablation(f"configs/recall.py:{task}", GROUPS, (), columns)
+        small = (f"{NODE}state=1", f"{NODE}layers=2", "steps=800")
+        pair = {
+            "Hymba": model(everywhere="(0,1)", groups="()"),
+            "Mamba": (*GROUPS["mamba"], f"{NODE}mlp=183"),  # 129,484 parameters; Hymba: 129,612
+        }
+        return ablation("configs/recall.py:more,model=hymba", pair, small, columns)
+    extra = ()
+    if variant != "needle":
+        variant, extra = "more", (f"{NODE}state=1", "batch_size=64", "steps=600")
+    return ablation(f"configs/recall.py:{variant},model=hymba", GROUPS, extra, columns)

@@ -9,6 +9,7 @@ on where it was. Leaves report.md, report.json and report.png in the workdir.
 | variant | compares | expected sign |
 | --- | --- | --- |
 | (none), recall | input gate learnt, fixed at -10 and at 0, on associative recall | -10 fails |
+| more | the same with 8 of 24 keys, more than such a memory holds | -10 fails |
 | eps | epsilon of the head norm by bias of the input gate, on text | 1e-2 worse than 1e-6 |
 | norm | epsilon 1e-6 and 1e-2 on whole default runs | 1e-2 worse |
 | bias | input gate bias -10, -5, 0 at three times the learning rate | -10: fewest spikes |
@@ -20,6 +21,7 @@ from configs import common
 from configs.runs import ablation
 
 CONFIG = "configs/xlstm.py"
+VARIANTS = ("recall", "more", "eps", "norm", "bias", "caps", "debug")
 TEXT = (  # half a million parameters beside the tables: minutes for all seeds of a variant
     "model.xlstm.size=mini",
     "batch_size=8",
@@ -38,7 +40,7 @@ RECALL = ("losses/held_out_accuracy", "losses/held_out_loss")
 
 def get_config(arg=""):
     """The list of runs of one ablation."""
-    variant = common.parse_arg(arg, ("recall", "eps", "norm", "bias", "caps", "debug")).variant
+    variant = common.parse_arg(arg, VARIANTS).variant
     model = "model.xlstm."
     if variant == "eps":
         groups = {
@@ -66,4 +68,6 @@ def get_config(arg=""):
     }
     if variant == "debug":
         return ablation("configs/recall.py:debug", groups, columns=RECALL, seeds=(0,))
+    if variant == "more":
+        return ablation("configs/recall.py:more", groups, ("steps=1500",), RECALL)
     return ablation("configs/recall.py", groups, columns=RECALL)

@@ -25,8 +25,11 @@ def ranges(vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(FIRST + third * i + np.arange(third) for i in range(3))
 
 
-def draw(rng: np.random.Generator, rows: int, data) -> dict[str, np.ndarray]:
-    """One batch of `rows` rows; config.data: length, pairs, vocab_size, name."""
+def draw(rng: np.random.Generator, rows: int, data, fewest: int = 0) -> dict[str, np.ndarray]:
+    """One batch of `rows` rows; config.data: length, pairs, vocab_size, name.
+
+    fewest: a row's questions are about this many of its pairs, or any number up to all; 0: all.
+    """
     pairs, slots = data.pairs, data.length // 2
     keys, values, hay = ranges(data.vocab_size)
     if 2 * pairs > slots or pairs > len(keys):
@@ -51,7 +54,8 @@ def draw(rng: np.random.Generator, rows: int, data) -> dict[str, np.ndarray]:
     row, scored = np.arange(rows)[:, None], np.zeros((rows, slots, 2))
     pair = np.stack([key, value], axis=2)
     tokens[row, told] = pair
-    tokens[row, asked] = pair[row, rng.integers(0, pairs, asked.shape)]
+    among = rng.integers(fewest or pairs, pairs + 1, (rows, 1))
+    tokens[row, asked] = pair[row, rng.integers(0, among, asked.shape)]
     scored[row, asked, 0] = 1
     flat = (tokens.reshape(rows, -1), scored.reshape(rows, -1))
     ids, scored = (np.pad(x, ((0, 0), (0, data.length % 2))).astype(np.int32) for x in flat)
@@ -65,10 +69,11 @@ def build(config, *, split: str, seed: int, process_index: int, process_count: i
     """Endless fresh batches; splits differ by their random numbers."""
     store.check_split(split)
     rows = batching.share(config.batch_size, process_index, process_count, "config.batch_size")
+    fewest = config.data.fewest if split == "train" else 0
 
     def make(indices: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         del indices  # every batch is new
-        got = draw(rng, config.batch_size, config.data)
+        got = draw(rng, config.batch_size, config.data, fewest)
         return {name: array[rows] for name, array in got.items()}
 
     seed = 3 * seed + store.SPLITS.index(split)

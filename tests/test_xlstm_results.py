@@ -42,3 +42,4 @@ def test_check_14_the_ablations_show_what_the_page_says():
     right = "losses/held_out_accuracy"
     for gate in ("learnt", "fixed at -10", "fixed at 0"):
         assert mean("recall", gate, right) > 0.99
+        assert 0.6 < mean("more", gate, right) < 0.7

@@ -61,3 +61,18 @@ def test_batches_do_not_depend_on_processes_and_splits_differ(take):
 def test_what_does_not_fit_is_named(take):
     with pytest.raises(ValueError, match="config.data.pairs=11: length=40 holds 10 pairs"):
         take(build(config(pairs=11)), 1)
+
+
+def test_training_rows_ask_about_some_of_their_pairs_only_where_the_config_says_so(take):
+    """fewest=1: a row's questions are about 1 to all of its pairs; held out: about all."""
+
+    def asked(split, **fields):
+        c = config(length=160, **fields)  # 74 questions: all pairs come up
+        found = []
+        for batch in take(build(c, split), 10):
+            for tokens, scored in zip(batch["tokens"], batch["scored"]):
+                found.append(len(set(tokens[scored == 1])))
+        return np.bincount(found, minlength=7)[1:]
+
+    assert (asked("train", fewest=1) > 3).all()  # 80 rows, 13 each
+    assert asked("train")[:5].sum() == asked("validation", fewest=1)[:5].sum() == 0

@@ -1,0 +1,15 @@
+"""The committed Hymba runs hold what docs/results/hymba.md says."""
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "hymba"
+RIGHT = "losses/held_out_accuracy"
+
+
+def test_check_10_a_small_state_is_not_enough():
+    """Three seeds, equal sizes: Hymba at least 0.95, every Mamba clearly below every Hymba."""
+    found = json.loads((RESULTS / "state.json").read_text())["groups"]
+    hymba, mamba = (found[name][RIGHT]["values"] for name in ("Hymba", "Mamba"))
+    assert len(hymba) == len(mamba) == 3
+    assert min(hymba) >= 0.95 and max(mamba) < 0.7
