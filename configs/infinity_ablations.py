@@ -11,6 +11,7 @@ command goes on. Leaves report.md, report.json and report.png in the workdir.
 | (none), correction | teacher forcing, random flips, self-correction | self-correction the best |
 | decoding | guidance, pyramid, guidance on hidden states, greedy | optimum inside, greedy worst |
 | bits | 8, 16, 32 bits, each with a small and a smaller model | more bits want the larger |
+| index | 10 bits: a decision each (Infinity), or one of 1,024 codes (VAR) | bits no worse |
 | debug | two corrections, debug models | two minutes |
 """
 
@@ -52,7 +53,7 @@ SIZES = {
 
 def get_config(arg=""):
     """The list of runs of one ablation."""
-    variant = common.parse_arg(arg, ("correction", "decoding", "bits", "debug")).variant
+    variant = common.parse_arg(arg, ("correction", "decoding", "bits", "index", "debug")).variant
     if variant == "debug":
         few = {name: CORRECTIONS[name] for name in ("teacher forcing", "self-correction")}
         quick = ('evals=("bits",)', "sample.prompts=()")
@@ -60,7 +61,10 @@ def get_config(arg=""):
     if variant == "decoding":
         return _decoding()
     if variant == "bits":
-        return _bits()
+        return _bits((8, 16, 32), SIZES)
+    if variant == "index":
+        heads = {head: (f"model.transformer.head={head}",) for head in ("bits", "index")}
+        return _bits((10,), heads)
     return ablation(CONFIG, CORRECTIONS, SHORT, PICTURES + BITS)
 
 
@@ -79,15 +83,15 @@ def _decoding():
     return config
 
 
-def _bits():
-    """A tokenizer for each number of bits, then both models on it with every seed."""
+def _bits(widths, models):
+    """A tokenizer for each number of bits, then every model on it with every seed."""
     tokenizers, runs = [], []
-    for bits in (8, 16, 32):
+    for bits in widths:
         name, size = f"tokenizer/{bits} bits", f"model.tokenizer.z={bits}"
         tokenizers.append((name, "configs/bsq_vae.py", (size,)))
         groups = {
             f"{bits} bits, {model}": (size, f"init_from=vae={{workdir}}/{name}", *overrides)
-            for model, overrides in SIZES.items()
+            for model, overrides in models.items()
         }
         config = ablation(CONFIG, groups, SHORT, PICTURES + BITS)
         runs += config.runs

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
+from inference.text import keep_likely
 from kernels.bitwise import sample_bits
 from kernels.bitwise.bits import unpack
 from models.blocks.common import row_keys
+from models.infinity import IndexHead, modulated
 from models.tokenizers.conv import depth_to_space, space_to_depth
 from models.tokenizers.quantisers.bits import code
 from models.tokenizers.quantisers.resize import resize
@@ -61,14 +63,32 @@ def _uniforms(keys, k: int, shape) -> Float[Array, "b n d"]:
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, k), shape))(keys)
 
 
-def _draw(hidden, head, uniforms, mix: bool, **draw) -> UInt32[Array, "b n words"]:
+def _draw(hidden, head, keys, k: int, mix: bool, **draw) -> UInt32[Array, "b n words"]:
     """Bits of the first rows; mix: with guidance by the rows behind them."""
-    rows = len(uniforms)
+    if isinstance(head, IndexHead):
+        return _draw_codes(hidden, head, keys, k, mix, **draw)
+    rows = len(keys)
     scale, shift = head.scale, head.shift
+    uniforms = _uniforms(keys, k, (hidden.shape[1], head.b.shape[0]))
     if mix:
         draw |= dict(x_uncond=hidden[rows:], scale_uncond=scale[rows:], shift_uncond=shift[rows:])
     own = dict(scale=scale[:rows], shift=shift[:rows])
     return sample_bits(hidden[:rows], head.w, head.b, uniforms, **own, **draw)[0]
+
+
+def _draw_codes(hidden, head: IndexHead, keys, k, mix, *, temperature, top_p, guidance=1.0):
+    """The same for whole codes; top_p: the nucleus of codes, as in text (inference/text.py)."""
+    scores = modulated(hidden, head.scale, head.shift) @ head.table.T
+    if mix:
+        with_text, without = jnp.split(scores, 2)
+        scores = guidance * with_text + (1.0 - guidance) * without
+    scores = scores[: len(keys)]
+    cool = scores / jnp.maximum(temperature, 1e-6)
+    flat = keep_likely(cool.reshape(-1, cool.shape[-1]), 0, top_p)
+    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, k), scores.shape[1:]))
+    drawn = jnp.argmax(flat.reshape(scores.shape) + noise(keys), axis=-1)
+    best = jnp.argmax(scores, axis=-1)
+    return jnp.where(temperature > 0, drawn, best)[..., None].astype(jnp.uint32)
 
 
 @functools.lru_cache(maxsize=16)
@@ -104,12 +124,10 @@ def _compiled(functions, guided, insertion, ratio, strip):
                 guidance[k],
                 insertion if guided[k] else 0,
             )
-            bits_of = head.b.shape[0]
-            uniforms = _uniforms(keys, k, (h * w, bits_of))
             draw = dict(temperature=temperature[k], top_p=top_p)
             draw |= dict(guidance=guidance[k]) if mix else {}
-            packed = _draw(hidden, head, uniforms, mix, **draw)
-            bits = (unpack(packed, bits_of) != 0).reshape(rows, h, w, -1)
+            packed = _draw(hidden, head, keys, k, mix, **draw)
+            bits = (unpack(packed, predict["bits"]) != 0).reshape(rows, h, w, -1)
             bits = depth_to_space(bits, 2) if patchify else bits
             total = total + resize(code(bits), grid)
             words.append(packed)

@@ -3,7 +3,8 @@
 A scale's tokens are predicted all at once from the scales before: the input of scale k + 1 is the
 sum of the codes so far, resized to its grid, that of the first scale a vector pooled from the text.
 Every token sees its own scale and the earlier ones, and the text by cross-attention. A token is d
-bits, each predicted on its own (kernels/bitwise). Mathematics: FoundationVision/Infinity.
+bits, each predicted on its own (kernels/bitwise), or, as in VAR (arXiv 2404.02905), to compare, one
+of 2^d codes. Mathematics: FoundationVision/Infinity.
 
 This file: sizes, positions, modules. Training and the model seam: models/infinity_build.py.
 """
@@ -27,6 +28,7 @@ from models.tokenizers.quantisers.schedules import Schedule, tokens
 
 LEVELS = 15  # rows of the table that tells the scales apart
 MODULATION = ("gamma1", "gamma2", "scale1", "scale2", "shift1", "shift2")
+MOST_INDEXED = 18  # bits of a token whose code has a row of a table
 LARGEST_SCALE = math.log(100.0)  # of cosine attention's logits
 
 
@@ -42,6 +44,7 @@ class TransformerConfig:
     text_length: int = 512
     drop_path: float = 0.1  # of the last block; grows linearly from 0
     chunks: int = 4  # groups that the blocks are published in; 1: in none
+    head: str = "bits"  # bits, or index: a score for each of the 2^bits codes
 
     def __post_init__(self):
         if self.width % self.heads or self.head_dim % 4:
@@ -51,6 +54,12 @@ class TransformerConfig:
             )
         if self.depth % self.chunks:
             raise ValueError(f"depth={self.depth} must be a multiple of chunks={self.chunks}")
+        if self.head not in ("bits", "index"):
+            raise ValueError(f"head={self.head!r}: allowed are bits, index")
+        if self.head == "index" and self.bits > MOST_INDEXED:
+            raise ValueError(
+                f"head='index' scores all 2^{self.bits} codes; at most {MOST_INDEXED} bits"
+            )
         if self.width % self.pool_heads:
             raise ValueError(f"width={self.width} must be a multiple of {self.pool_heads}")
 
@@ -289,6 +298,15 @@ class Head(NamedTuple):
     shift: Float[Array, "b c"]
 
 
+class IndexHead(NamedTuple):
+    """What turns hidden states into scores of all codes: a row each, without bias (shift, seen by
+    the table, is one for every row of the batch); bit i of a row's number is bit i of its code."""
+
+    table: Float[Array, "v c"]
+    scale: Float[Array, "b c"]
+    shift: Float[Array, "b c"]
+
+
 def unconditional_init(key, shape, dtype):
     """N(0, 1.2^2 / width), cut at +-2 / sqrt(width)."""
     drawn = jax.random.truncated_normal(key, -2 / 1.2, 2 / 1.2, shape, dtype)
@@ -319,9 +337,12 @@ class Infinity(nn.Module):
         small = nn.initializers.normal(cfg.std * 1e-3)
         axes = ("embed", None, "width_out")
         self.head_modulation = Linear((2, dim), axes, jnp.float32, 1, True, small)
-        kernel = _table(
-            nn.initializers.normal(cfg.std * 0.02), (dim, cfg.bits, 2), "embed", None, None
-        )
+        small = nn.initializers.normal(cfg.std * 0.02)
+        if cfg.head == "index":
+            table = _table(small, (2**cfg.bits, dim), "vocab", "embed")
+            self.head_table = self.param("head_table", *table)
+            return
+        kernel = _table(small, (dim, cfg.bits, 2), "embed", None, None)
         self.head_kernel = self.param("head_kernel", *kernel)
         bias = _table(nn.initializers.zeros_init(), (cfg.bits, 2), "norm", None)
         self.head_bias = self.param("head_bias", *bias)
@@ -366,9 +387,11 @@ class Infinity(nn.Module):
         scan = scan_layers(block, cfg.depth, (0, nn.broadcast), unroll=unroll)
         return scan(cfg, self.dtype, name="layers")(carry, layer, shared)[0]
 
-    def head(self, condition: Condition) -> Head:
+    def head(self, condition: Condition) -> Head | IndexHead:
         """The two columns of each bit as their difference, and the rows' modulation."""
         scale, shift = jnp.moveaxis(self.head_modulation(nn.silu(condition.pooled)), 1, 0)
+        if self.cfg.head == "index":
+            return IndexHead(self.head_table, scale, shift)
         w = self.head_kernel[..., 1] - self.head_kernel[..., 0]
         return Head(w, self.head_bias[..., 1] - self.head_bias[..., 0], scale, shift)
 

@@ -2,8 +2,8 @@
 
 A batch's pictures go through the frozen tokenizer; bitwise self-correction makes inputs and labels
 of what it gives (models/tokenizers/quantisers/self_correction.py). The loss of a token is the mean
-over its bits of the cross-entropy, weighted by one over the side of its scale; the sum over tokens,
-the mean over pictures.
+over its bits of the cross-entropy (index head: the cross-entropy of its code over the number of
+bits), weighted by one over the side of its scale; the sum over tokens, the mean over pictures.
 """
 
 import dataclasses
@@ -19,10 +19,19 @@ from jaxtyping import Array, Bool, Float, UInt8, UInt32
 from export.weights import compose
 from kernels.attention import MaskSpec
 from kernels.bitwise import bitwise_cross_entropy, ref
-from kernels.bitwise.bits import unpack
+from kernels.bitwise.bits import pack, unpack
 from models import Model, infinity, infinity_text, infinity_weights, sized, t5
 from models.blocks.common import row_keys
-from models.infinity import Condition, PerLayer, Shared, TransformerConfig
+from models.blocks.losses import token_nll
+from models.infinity import (
+    Condition,
+    Head,
+    IndexHead,
+    PerLayer,
+    Shared,
+    TransformerConfig,
+    modulated,
+)
 from models.infinity_scales import Rope2d, rope2d, scale_ids, scale_weights
 from models.tokenizers import discrete, discrete_weights
 from models.tokenizers.autoencoder import to_float
@@ -230,20 +239,35 @@ def loss(system: System, params, extra, batch, rng, *, step, norms):
     text = captions(system, params, batch, drop)
     keep = infinity.drop_path(cfg.transformer, branch)
     hidden = states(system, params, text, given.inputs, given.schedule, keep)
-    head = apply(system, params, "head", text)
     weight = token_weights(cfg, given.schedule)
-    per_token = bitwise_cross_entropy(
-        hidden,
-        head.w,
-        head.b,
-        given.labels,
-        weights=jnp.broadcast_to(weight, hidden.shape[:2]),
-        scale=head.scale,
-        shift=head.shift,
-    )
+    per_token = weighted_nll(system, params, text, hidden, given.labels, weight)
     total = per_token.sum() / norms["pictures"]
     plain = jax.lax.stop_gradient(per_token / weight).mean(1).sum() / norms["pictures"]
     return total, ({"loss": total, "bit_nll": plain}, extra)
+
+
+def weighted_nll(
+    system: System,
+    params,
+    condition: Condition,
+    hidden: Float[Array, "b l c"],
+    labels: UInt32[Array, "b l words"],
+    weight: Float[np.ndarray, "l"],
+) -> Float[Array, "b l"]:
+    """Nats per bit of every token, times its weight; no log odds and no scores are held."""
+    head = apply(system, params, "head", condition)
+    if isinstance(head, IndexHead):
+        nll = token_nll(*_indexed(head, hidden, labels))[0]
+        return weight * nll.reshape(labels.shape[:2]) / system.cfg.transformer.bits
+    weights = jnp.broadcast_to(weight, hidden.shape[:2])
+    rows = dict(weights=weights, scale=head.scale, shift=head.shift)
+    return bitwise_cross_entropy(hidden, head.w, head.b, labels, **rows)
+
+
+def _indexed(head: IndexHead, hidden, labels):
+    """What token_nll takes, float32 as the bits' log odds are; a code's number is its word."""
+    x = modulated(hidden, head.scale, head.shift)
+    return x.reshape(-1, x.shape[-1]), head.table, labels.reshape(-1).astype(jnp.int32)
 
 
 def norms(batch) -> dict[str, Float[Array, ""]]:
@@ -270,19 +294,28 @@ def bit_scores(system: System, params, batch, rng, flipped: float | Float[Array,
     given = forced(system, params, images, flips)
     kept = forced(system, params, images, flips, relabel=False)
     text = captions(system, params, batch)
+    head = apply(system, params, "head", text)
     hidden = states(system, params, text, given.inputs, given.schedule)
-    z = log_odds(system, params, text, hidden)
     ids = scale_ids(given.schedule)
 
     def means(x):
-        return jax.ops.segment_sum(x.mean((0, 2)), ids, len(counts)) / counts
+        return jax.ops.segment_sum(x.mean(0), ids, len(counts)) / counts
 
     counts, scores = np.bincount(ids), {}
     for case, labels in (("", given.labels), ("kept_", kept.labels)):
-        y = unpack(labels, cfg.transformer.bits)
-        scores[f"{case}nll"] = means(jax.nn.softplus(z) - y * z)
-        scores[f"{case}accuracy"] = means((z > 0) == (y > 0))
+        ones = jnp.ones(len(ids), jnp.float32)
+        scores[f"{case}nll"] = means(weighted_nll(system, params, text, hidden, labels, ones))
+        best, y = (unpack(x, cfg.transformer.bits) for x in (likeliest(head, hidden), labels))
+        scores[f"{case}accuracy"] = means((best == y).mean(-1))
     return scores
+
+
+def likeliest(head: Head | IndexHead, hidden: Float[Array, "b l c"]) -> UInt32[Array, "b l words"]:
+    """Of each token the likelier value of every bit, or the bits of the likeliest code."""
+    if isinstance(head, IndexHead):
+        scores = modulated(hidden, head.scale, head.shift) @ head.table.T
+        return jnp.argmax(scores, axis=-1, keepdims=True).astype(jnp.uint32)
+    return pack(ref.log_odds(hidden, *head) > 0)
 
 
 # ---------------------------------------------------------------- from a config
@@ -380,6 +413,7 @@ def predictions(system: System, grid_of, dtype) -> dict:
         "start": method("start"),
         "embed": method("embed"),
         "head": method("head"),
+        "bits": cfg.bits,
         "layout": lambda ratio=1.0: layout(system.cfg, grid_of(ratio)),
         "text_cache": lambda params, text: infinity.text_cache(params["transformer"], cfg, text),
         "init_cache": lambda rows, schedule: infinity.init_cache(cfg, rows, schedule, dtype),

@@ -22,9 +22,12 @@ def weight_map(cfg: TransformerConfig) -> WeightMap:
         "level": plain("lvl_embed.weight"),
         **_linear("word", "word_embed"),
         **_heads("head_modulation", "head_nm.ada_lin.1", 2),
-        "head_kernel": heads_in("head.weight", cfg.bits),
-        "head_bias": heads_in("head.bias", cfg.bits),
     }
+    if cfg.head == "index":  # not in the published code
+        rules["head_table"] = plain("head.weight")
+    else:
+        rules["head_kernel"] = heads_in("head.weight", cfg.bits)
+        rules["head_bias"] = heads_in("head.bias", cfg.bits)
     rules |= _keys_values(cfg, "text_pool", pool, cfg.pool_heads)
     rules |= _out("text_pool/o", pool + "proj", cfg.pool_heads)
     name = "block_chunks.{group}.module.{place}." if cfg.chunks > 1 else "blocks.{layer}."

@@ -9,6 +9,7 @@ import pytest
 
 from inference import infinity as sampler
 from kernels.bitwise.bits import unpack
+from models import infinity_build
 from models.blocks.common import row_keys
 from models.tokenizers.conv import depth_to_space
 from models.tokenizers.quantisers import schedules
@@ -81,26 +82,28 @@ def test_check_6_cached_scales_equal_the_masked_forward_pass(ratio):
 
 
 @functools.cache
-def program(guided: bool = False):
+def program(guided: bool = False, head: str = "bits"):
     """Compiled sampler of the small model, and the keys of its rows."""
-    model, _ = case.tiny()
+    model, _ = case.tiny(head)
     run = sampler._compiled(tuple(model.predict.items()), (guided,) * 3, 0, 1.0, not guided)
     return run, row_keys(jax.random.key(1), jnp.arange(8))
 
 
-def drawn(guidance: float = 1.0, order=slice(None), guided: bool = False):
+def drawn(guidance=1.0, order=slice(None), guided=False, head="bits", temperature=1.0, top_p=0.97):
     """Pictures of the batch's prompts in another order."""
-    model, params = case.tiny()
-    batch, (run, keys) = case.batch_of(model), program(guided)
+    model, params = case.tiny(head)
+    batch, (run, keys) = case.batch_of(model), program(guided, head)
     ones = np.ones(3, np.float32)
     tokens, lengths = (batch[k][order] for k in ("gen_tokens", "gen_length"))
-    return run(params, tokens, lengths, keys[order], guidance * ones, ones, np.float32(0.97))
+    lists = guidance * ones, temperature * ones
+    return run(params, tokens, lengths, keys[order], *lists, np.float32(top_p))
 
 
-def test_pictures_are_their_bits():
+@pytest.mark.parametrize("head", ["bits", "index"])
+def test_pictures_are_their_bits(head):
     """Bits to codes to latents to pixels, and what the strip shows of every scale."""
-    model, params = case.tiny()
-    got = drawn()
+    model, params = case.tiny(head)
+    got = drawn(head=head)
     scales = model.predict["layout"](1.0).latents
     bits = unpack_scales(got.bits, scales, 8)
     latents = sum(resize(code(b), (4, 4)) for b in bits)
@@ -112,17 +115,41 @@ def test_pictures_are_their_bits():
     np.testing.assert_array_equal(got.strip[-1], got.images)
 
 
-def test_check_10_guidance_of_one_is_the_path_without():
+@pytest.mark.parametrize("head", ["bits", "index"])
+def test_check_10_guidance_of_one_is_the_path_without(head):
     """The program with rows without text, at guidance 1, draws what the program without them
     does."""
-    np.testing.assert_array_equal(drawn(guided=True).bits, drawn().bits)
-    assert (drawn(4.0, guided=True).bits != drawn().bits).any()
+    plain = drawn(head=head).bits
+    np.testing.assert_array_equal(drawn(guided=True, head=head).bits, plain)
+    assert (drawn(4.0, guided=True, head=head).bits != plain).any()
 
 
-def test_rows_draw_alone():
+@pytest.mark.parametrize("head", ["bits", "index"])
+def test_rows_draw_alone(head):
     """A row's picture depends on its prompt and its key, not on the batch around it."""
     order = np.arange(8)[::-1]
-    np.testing.assert_array_equal(drawn(order=order).bits[order], drawn().bits)
+    np.testing.assert_array_equal(drawn(order=order, head=head).bits[order], drawn(head=head).bits)
+
+
+def test_index_head_draws_codes():
+    """Greedy: the likeliest code of the masked forward pass on what was drawn. A nucleus that holds
+    one code is greedy too."""
+    model, params = case.tiny("index")
+    got, p = drawn(head="index", temperature=0.0), model.predict
+    np.testing.assert_array_equal(drawn(head="index", top_p=0.0).bits, got.bits)
+    assert (drawn(head="index").bits != got.bits).any()
+    batch, scales = case.batch_of(model), p["layout"](1.0).latents
+    bits = unpack_scales(got.bits, scales, 8)
+    totals = np.cumsum([resize(code(b), (4, 4)) for b in bits], axis=0)
+    inputs = [resize(t, s).reshape(8, -1, 8) for t, s in zip(totals, scales[1:])]
+
+    @jax.jit
+    def likeliest(params, inputs):
+        text = p["captions"](params, batch)
+        hidden = p["states"](params, text, inputs, scales)
+        return infinity_build.likeliest(p["head"](params, text), hidden)
+
+    np.testing.assert_array_equal(likeliest(params, jnp.concatenate(inputs, 1)), got.bits)
 
 
 def test_lists_per_scale_are_checked():

@@ -89,9 +89,9 @@ def tiny_config(**overrides):
 
 
 @functools.cache
-def tiny():
+def tiny(head: str = "bits"):
     """(model, params) of the tiny config, with noise so that no branch is hidden behind a zero."""
-    model = MODELS["infinity"](tiny_config())
+    model = MODELS["infinity"](tiny_config(model__transformer__head=head))
     params = jax.jit(lambda: nn.meta.unbox(model.init(jax.random.key(0))[0]))()
     rng = np.random.default_rng(0)
 

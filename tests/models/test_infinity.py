@@ -273,6 +273,64 @@ def test_bit_scores_count_what_they_say():
     assert right["nll"].shape == (3,) and (right["accuracy"] <= 1).all()
 
 
+def test_index_head_scores_all_codes():
+    """Loss and scores are those of a softmax over 2^8 codes; a code's number is its packed bits."""
+    model, params = case.tiny("index")
+    batch, p = case.batch_of(model), model.predict
+    table = params["transformer"]["head_table"]
+    assert table.shape == (256, 32)
+
+    @jax.jit
+    def explicit(params):
+        given = p["forced"](params, batch["gen_image"])
+        text = p["captions"](params, batch)
+        hidden = p["states"](params, text, given.inputs, given.schedule)
+        head = p["head"](params, text)
+        x = infinity.modulated(hidden, head.scale, head.shift)
+        logs = jax.nn.log_softmax(x @ table.T)
+        label = given.labels[..., 0].astype(int)
+        nll = -jnp.take_along_axis(logs, label[..., None], -1)[..., 0] / 8
+        equal = ((logs.argmax(-1) ^ label)[..., None] >> jnp.arange(8)) & 1 == 0
+        return nll, equal.mean(-1)
+
+    nll, right = explicit(params)
+    scores = jax.jit(p["bit_scores"])(params, batch, jax.random.key(0), np.float32(0))
+    ends = np.cumsum([0, 1, 4, 16])
+    for k, (a, b) in enumerate(zip(ends, ends[1:])):
+        np.testing.assert_allclose(scores["nll"][k], nll[:, a:b].mean(), rtol=1e-5)
+        np.testing.assert_allclose(scores["accuracy"][k], right[:, a:b].mean(), rtol=1e-5)
+
+
+def test_index_head_starts_at_the_entropy_of_all_codes_and_learns():
+    """ln 2 per bit at the start, and gradients that descend."""
+    options = dict(
+        model__correction="none", model__text_drop=0.0, model__transformer__drop_path=0.0
+    )
+    config = case.tiny_config(model__transformer__head="index", **options)
+    model = MODELS["infinity"](config)
+    params = jax.jit(lambda: meta.unbox(model.init(jax.random.key(0))[0]))()
+    batch = case.batch_of(model)
+
+    @jax.jit
+    def step(params):
+        def loss(own):
+            norms, key = model.norms(batch), jax.random.key(3)
+            return model.loss(params | own, {}, batch, key, step=0, norms=norms)[0]
+
+        value, grads = jax.value_and_grad(loss)({"transformer": params["transformer"]})
+        moved = jax.tree.map(
+            lambda p, g: p - 0.3 * g, {"transformer": params["transformer"]}, grads
+        )
+        return params | moved, value
+
+    losses = []
+    for _ in range(30):
+        params, value = step(params)
+        losses.append(float(value))
+    assert losses[0] == pytest.approx(np.log(2), abs=0.01)
+    assert losses[-1] < losses[0] - 0.05
+
+
 def test_buckets_of_aspect_ratios():
     """Published sizes: one bucket per ratio; h and w are 16 times the last scale."""
     from configs.common import load_config
@@ -313,6 +371,8 @@ def test_captions_embedded_before():
         (dict(data__text_embeddings="folder"), "config.model.text.name='decoder' with config.data"),
         (dict(model__correction="bsc"), "config.model.correction='bsc': allowed are self, random"),
         (dict(model__transformer__size="3b"), "config.model.transformer.size='3b': allowed are"),
+        (dict(model__transformer__head="words"), "head='words': allowed are bits, index"),
+        (dict(model__transformer__head="index", model__tokenizer__z=32), "scores all 2.32 codes"),
         (dict(model__tokenizer__quantiser="vq"), "quantiser='vq': allowed is bsq"),
         (dict(model__text__name="clip"), "config.model.text.name='clip': allowed are decoder, t5"),
         (dict(data__prompt_length=64), "config.data.prompt_length=64 is more than"),
