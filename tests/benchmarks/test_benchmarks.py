@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,9 +16,13 @@ from benchmarks import (
     cross_entropy,
     gpu_static,
     peers,
+    quantiser_entropy,
+    scales,
     scan_peers,
     xlstm_peers,
 )
+from models.blocks.common import row_keys
+from tests.models import infinity_case
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = re.compile(r"python -m benchmarks\.(\w+)([^`\n|]*)")
@@ -135,6 +140,30 @@ def test_cross_entropy_memory_row_counts_the_scores():
     assert row["plain"] >= 64 * 32_000 * 4
     assert row["chunked"] < row["plain"]
     assert row["chunked / plain"] == pytest.approx(row["chunked"] / row["plain"], rel=1e-3)
+
+
+def test_quantiser_entropy_counts_all_codes_and_times_what_fits(monkeypatch):
+    monkeypatch.setattr(quantiser_entropy, "BITS", (4, 8, 32))
+    rows = quantiser_entropy.compiled("")
+    found = {(r["quantiser"], r["bits"]): r.get("temporary_bytes") for r in rows}
+    tokens = quantiser_entropy.PICTURES * quantiser_entropy.SIDE**2
+    assert found["lfq", 8] >= 4 * tokens * 2**8 > found["bsq", 8]
+    assert found["lfq", 32] is None and found["bsq", 32] < 9 * found["bsq", 4]
+    limit = found["lfq", 8]  # the larger one is left out
+    timed = quantiser_entropy.timed(rows, limit, 1)
+    assert [(r["what"], r["bits"]) for r in timed] == [
+        ("seconds", 4), ("seconds", 4), ("lfq / bsq, seconds", 4)
+    ]  # fmt: skip
+
+
+def test_scales_recomputed_draws_what_the_cache_draws():
+    """Every bit; the second with nothing kept of the scales before."""
+    model, params = infinity_case.tiny()
+    batch, model = infinity_case.batch_of(model), scales.without_decoder(model)
+    keys = row_keys(jax.random.key(0), np.arange(8))
+    given = (params, batch["gen_tokens"], batch["gen_length"], keys)
+    want, got = (scales.drawing(one, 2.0)(*given).bits for one in (model, scales.recomputed(model)))
+    np.testing.assert_array_equal(got, want)
 
 
 def test_digits_keep_four():
