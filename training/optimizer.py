@@ -13,7 +13,7 @@ import jax
 import optax
 from optax import contrib
 
-from training.tree import is_box, path_name
+from training.tree import flat, is_box, path_name
 
 OUTSIDE = {"vocab", "positions", "patch", "channels_in", "channels_out", "time"}
 
@@ -102,13 +102,15 @@ def _as_adam(update: jax.Array, axes: contrib.MuonDimensionNumbers) -> jax.Array
     return 0.2 * max(sides) ** 0.5 * update
 
 
-def decay_mask(boxed: Any, undecayed: Sequence[str] = ()) -> Any:
+def decay_mask(boxed: Any, undecayed: Sequence[str] = (), model: Any = None) -> Any:
     """True for matrices: leaves with two or more axes beside the stacked layers, norms and the
     decay rates of states excepted.
 
-    undecayed: slash paths of subtrees that are excepted too (config.optimizer.undecayed).
+    undecayed: slash paths of subtrees that are excepted too (config.optimizer.undecayed); each must
+    be there, or in the model's own parameters before an objective moved them aside.
     """
-    unused = set(undecayed)
+    aside = [f"{name}/" for name in flat(model, leaf=is_box)]
+    unused = {u for u in undecayed if not any(name.startswith(u + "/") for name in aside)}
 
     def one(path, leaf):
         name = path_name(path) + "/"

@@ -54,7 +54,7 @@ def plan(model, objective, config, mesh) -> Plan:
     whole, extra, params, frozen = jax.eval_shape(boxed_init, key)
     schedule = make_schedule(config)
     labels = objective.labels(unbox(params))
-    decayed = decay_mask(params, config.optimizer.undecayed)
+    decayed = decay_mask(params, config.optimizer.undecayed, whole)
     tx = make_optimizer(config, schedule, labels, decayed, hidden_matrices(params))
     in_ema = ema_lib.selector(config, labels)
 

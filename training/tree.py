@@ -1,6 +1,6 @@
 """Pytrees as paths: names of leaves, flat dicts and back, logical-name boxes off."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,10 +12,10 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def flat(tree: Any) -> dict[str, Any]:
-    """{path: leaf} of a pytree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(path): leaf for path, leaf in leaves}
+def flat(tree: Any, leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """{path: leaf} of a pytree; `leaf` says of what else not to look into."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=leaf)
+    return {path_name(path): value for path, value in leaves}
 
 
 def unflat(values: dict[str, Any], like: Any) -> Any:

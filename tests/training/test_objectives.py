@@ -178,3 +178,59 @@ def test_rollout_makes_the_batch(toy, tmp_path, monkeypatch):
     losses = toy.train(tmp_path, **args)
     # Its own output plus unit noise is missed by one, twice: two terms of mean one each.
     assert 1.0 < np.mean(list(losses.values())) < 3.0
+
+
+def test_low_rank_starts_as_the_given_model_and_merges(toy, tmp_path):
+    """W + alpha / rank A B at the hidden matrices; nothing else changes, here or in `use`."""
+    args = dict(objective__name="low_rank", objective__rank=3, objective__alpha=6.0)
+    config = toy.config(steps=12, **args)
+    run = setup.prepare(config)
+    shapes = {k: v.shape for k, v in flat(run.plan.state["params"]).items()}
+    assert shapes == {
+        "adapters/trunk/up/a": (2, 16, 3), "adapters/trunk/up/b": (2, 3, 32),
+        "adapters/trunk/down/a": (2, 32, 3), "adapters/trunk/down/b": (2, 3, 16),
+        "adapters/head/kernel/a": (16, 3), "adapters/head/kernel/b": (3, 2),
+    }  # fmt: skip
+    toy.train(tmp_path, steps=6, **args)
+    toy.train(tmp_path, steps=12, **args)
+    _, params, frozen = final(config, tmp_path)
+    given = flat(frozen["params"])
+    plain = setup.prepare(toy.config()).plan  # the same first parameters without adapters
+    first = flat(plain.init(jax.random.key(0), {})[0]["params"])
+    assert set(given) == set(first)
+    _, used, _ = setup.load_for_use(config, tmp_path)
+    merged, parts = flat(run.objective.model_params(params, frozen)), flat(params["adapters"])
+    for name, value in merged.items():
+        want = given[name]
+        if f"{name}/a" in parts:
+            assert np.abs(parts[f"{name}/b"]).max() > 0
+            want = want + 2.0 * np.asarray(parts[f"{name}/a"]) @ np.asarray(parts[f"{name}/b"])
+            assert (flat(used)[name] != given[name]).any()
+        else:
+            np.testing.assert_array_equal(flat(used)[name], given[name])
+        np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-6)
+
+
+def test_low_rank_products_follow_the_axes_of_heads():
+    """Inputs and outputs of several axes, and stacked layers anywhere in front."""
+    from training.objectives import low_rank
+
+    shapes = dict(
+        q=((3, 8, 2, 4), ("layers", "embed", "heads", "head_dim")),
+        o=((3, 2, 4, 8), ("layers", "heads", "head_dim", "embed")),
+        table=((7, 8), ("vocab", "embed")),
+    )
+    boxes = {k: Box(jnp.zeros(shape), names) for k, (shape, names) in shapes.items()}
+    found = low_rank.cuts(boxes, ("*",))
+    assert found == {
+        "q": low_rank.Cut((0,), (1,), (2, 3)), "o": low_rank.Cut((0,), (1, 2), (3,))
+    }  # fmt: skip
+    for name, terms in dict(q="nir,nrhk->nihk", o="nhkr,nri->nhki").items():
+        a, b = low_rank.factors(jax.random.key(1), boxes[name], found[name], 5).values()
+        assert not b.value.any() and a.value.std() == pytest.approx(8**-0.5, rel=0.3)
+        b = jax.random.normal(jax.random.key(2), b.value.shape)
+        got = low_rank.product(a.value, b, found[name])
+        np.testing.assert_allclose(got, jnp.einsum(terms, a.value, b), rtol=1e-5, atol=1e-6)
+        assert got.shape == shapes[name][0]
+    with pytest.raises(ValueError, match="leaves has 'k', which no hidden matrix matches; they ar"):
+        low_rank.cuts(boxes, ("q", "k"))

@@ -84,7 +84,14 @@ def _adversarial(model: Model, config) -> Objective:
     return adversarial.build(model, config)
 
 
+def _low_rank(model: Model, config) -> Objective:
+    from training.objectives import low_rank
+
+    return low_rank.build(model, config)
+
+
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "model": _model,
     "adversarial": _adversarial,
+    "low_rank": _low_rank,
 }
