@@ -13,3 +13,11 @@ def test_check_10_a_small_state_is_not_enough():
     hymba, mamba = (found[name][RIGHT]["values"] for name in ("Hymba", "Mamba"))
     assert len(hymba) == len(mamba) == 3
     assert min(hymba) >= 0.95 and max(mamba) < 0.7
+
+
+def test_the_roadmap_on_recall_says_what_the_page_says():
+    """Only the sequential hybrid looks up after 600 steps; a failure reported as one."""
+    found = json.loads((RESULTS / "recall.json").read_text())["groups"]
+    means = {name: group[RIGHT]["mean"] for name, group in found.items()}
+    assert len(means) == 9 and all(group[RIGHT]["n"] == 3 for group in found.values())
+    assert means.pop("one after the other") > 0.99 and max(means.values()) < 0.6
