@@ -32,7 +32,7 @@ def base(**overrides: Any) -> ConfigDict:
                 freeze=("",)[:0],  # parts that do not train
                 rank=8,  # of low_rank's adapters; alpha / rank is their factor
                 alpha=8.0,
-                leaves=("*",),  # globs of the matrices that get one; frozen parts do not
+                leaves=("*kernel",),  # globs of the matrices that get one; frozen parts do not
             ),
             data=data_config(),
             optimizer=dict(

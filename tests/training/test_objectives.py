@@ -183,6 +183,7 @@ def test_rollout_makes_the_batch(toy, tmp_path, monkeypatch):
 def test_low_rank_starts_as_the_given_model_and_merges(toy, tmp_path):
     """W + alpha / rank A B at the hidden matrices; nothing else changes, here or in `use`."""
     args = dict(objective__name="low_rank", objective__rank=3, objective__alpha=6.0)
+    args["objective__leaves"] = ("*",)
     config = toy.config(steps=12, **args)
     run = setup.prepare(config)
     shapes = {k: v.shape for k, v in flat(run.plan.state["params"]).items()}
