@@ -30,7 +30,8 @@ COST = ("speed/parameters", "speed/train_tokens_per_s", "speed/state_bytes_8192"
 def model(fusion="mean", everywhere=ENDS, groups="((1,2),)", meta=8):
     """Overrides of one step of the roadmap."""
     values = dict(fusion=fusion, global_layers=everywhere, groups=groups, meta=meta)
-    return tuple(f"{NODE}{key}={value}" for key, value in values.items())
+    overrides = tuple(f"{NODE}{key}={value}" for key, value in values.items())
+    return overrides if meta else (*overrides, "optimizer.undecayed=()")
 
 
 GROUPS = {

@@ -5,12 +5,16 @@ import importlib
 import math
 import re
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
 from configs import common, loading
 from configs.common import base, load_config, parse_arg
+from models import MODELS
 from training import loop, metrics
+from training.optimizer import decay_mask
+from training.tree import flat
 
 CONFIGS = [p.stem for p in loading.list_configs()]
 TOP = set(base())
@@ -127,3 +131,14 @@ def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     assert load_config("own.py").steps == 17
     with pytest.raises(FileNotFoundError, match="unknown config 'onw.py'"):
         load_config("onw.py")
+
+
+@pytest.mark.parametrize("variant", ["recall", "text", "meta", "state"])
+def test_every_step_of_hymbas_roadmap_has_the_parameters_that_its_optimiser_names(variant):
+    """Meta tokens do not decay, and half of the steps have none."""
+    listed = load_config(f"configs/hymba_ablations.py:{variant}").runs
+    for _, spec, overrides in listed[::3]:  # one seed
+        config = load_config(spec, *overrides, "model.vocab_size=64")
+        boxed = jax.eval_shape(lambda c=config: MODELS["hymba"](c).init(jax.random.key(0))[0])
+        mask = flat(decay_mask(boxed, config.optimizer.undecayed))
+        assert ("meta" in mask) == bool(config.model.hymba.meta)
