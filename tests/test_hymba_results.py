@@ -21,3 +21,11 @@ def test_the_roadmap_on_recall_says_what_the_page_says():
     means = {name: group[RIGHT]["mean"] for name, group in found.items()}
     assert len(means) == 9 and all(group[RIGHT]["n"] == 3 for group in found.values())
     assert means.pop("one after the other") > 0.99 and max(means.values()) < 0.6
+
+
+def test_meta_tokens_take_attention_from_the_first_token():
+    """One sign holds, the other (a lower entropy) does not."""
+    found = json.loads((RESULTS / "meta.json").read_text())["groups"]
+    one, other = ({k: found[g][k]["values"] for k in found[g]} for g in ("with", "without"))
+    assert max(one["attention/first"]) < 0.6 * min(other["attention/first"])
+    assert min(one["attention/entropy"]) > max(other["attention/entropy"])
