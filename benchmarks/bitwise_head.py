@@ -170,10 +170,7 @@ def main(argv=None) -> None:
     if args.one:
         print(json.dumps(compiled(args.one)))
         return
-    rows = compiled("")
-    for chip in CHIPS:
-        printed = static.child("benchmarks.bitwise_head", chip, [f"--one={chip}"], {})
-        rows += json.loads(printed.splitlines()[-1])
+    rows = static.compiled_everywhere("benchmarks.bitwise_head", compiled, CHIPS)
     if args.rounds:
         rows += timed(521, 256, 16, (2**16,), args.rounds)
         rows += timed(2521, 1024, 32, (), args.rounds)

@@ -71,7 +71,9 @@ def timed(rows: list[dict], limit: int, rounds: int) -> list[dict]:
     fits = [
         row["bits"]
         for row in rows
-        if row["quantiser"] == "lfq" and row.get("temporary_bytes", limit) < limit
+        if row["chip"] == "cpu"
+        and row["quantiser"] == "lfq"
+        and row.get("temporary_bytes", limit) < limit
     ]
     found = []
     for d in fits:
@@ -101,13 +103,9 @@ def main(argv=None) -> None:
     if args.one:
         print(json.dumps(compiled(args.one)))
         return
-    here = compiled("")
-    rows = list(here)
-    for chip in CHIPS:
-        printed = static.child("benchmarks.quantiser_entropy", chip, [f"--one={chip}"], {})
-        rows += json.loads(printed.splitlines()[-1])
+    rows = static.compiled_everywhere("benchmarks.quantiser_entropy", compiled, CHIPS)
     if args.rounds:
-        rows += timed(here, args.limit, args.rounds)
+        rows += timed(rows, args.limit, args.rounds)
     for row in rows:
         common.show(row)
     command = f"python -m benchmarks.quantiser_entropy --rounds={args.rounds}"

@@ -115,6 +115,17 @@ def child(module: str, topology: str, flags: Sequence[str], env: Mapping[str, st
     return done.stdout
 
 
+def compiled_everywhere(
+    module: str, compiled: Callable[[str], list[dict]], topologies: Sequence[str]
+) -> list[dict]:
+    """compiled("") here, then its rows for each topology, from processes that a module's --one
+    starts and that print them as JSON."""
+    rows = compiled("")
+    for topology in topologies:
+        rows += json.loads(child(module, topology, [f"--one={topology}"], {}).splitlines()[-1])
+    return rows
+
+
 def mlstm_7b(device, tokens: int):
     """(array(*sizes, dtype), (q, k, v, i, f)) on an unattached device: xLSTM 7B's head sizes, one
     sequence of 8 heads, bfloat16."""

@@ -27,13 +27,8 @@ def base(**overrides: Any) -> ConfigDict:
             batch_size=8,  # examples per step over all hosts
             ramp=((0, 0),)[:0],  # ((64, 2000), ...): 64 in the first 2,000 steps (data.name=text)
             model=dict(name=""),
-            objective=dict(
-                name="model",  # model | low_rank | adversarial
-                freeze=("",)[:0],  # parts that do not train
-                rank=8,  # of low_rank's adapters; alpha / rank is their factor
-                alpha=8.0,
-                leaves=("*kernel",),  # globs of the matrices that get one; frozen parts do not
-            ),
+            # model | low_rank (rank, alpha; globs of what gets adapters) | adversarial
+            objective=dict(name="model", freeze=("",)[:0], rank=8, alpha=8.0, leaves=("*kernel",)),
             data=data_config(),
             optimizer=dict(
                 name="adamw",  # adamw | muon (hidden matrices; adamw for all else)
