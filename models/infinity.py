@@ -299,8 +299,8 @@ class Head(NamedTuple):
 
 
 class IndexHead(NamedTuple):
-    """What turns hidden states into scores of all codes: a row each, without bias (shift, seen by
-    the table, is one for every row of the batch); bit i of a row's number is bit i of its code."""
+    """What turns hidden states into scores of all codes: a row of the table each, no bias; bit i of
+    a row's number is bit i of its code. scale and shift as in Head."""
 
     table: Float[Array, "v c"]
     scale: Float[Array, "b c"]

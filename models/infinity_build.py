@@ -240,34 +240,28 @@ def loss(system: System, params, extra, batch, rng, *, step, norms):
     keep = infinity.drop_path(cfg.transformer, branch)
     hidden = states(system, params, text, given.inputs, given.schedule, keep)
     weight = token_weights(cfg, given.schedule)
-    per_token = weighted_nll(system, params, text, hidden, given.labels, weight)
+    head = apply(system, params, "head", text)
+    per_token = weighted_nll(head, cfg.transformer.bits, hidden, given.labels, weight)
     total = per_token.sum() / norms["pictures"]
     plain = jax.lax.stop_gradient(per_token / weight).mean(1).sum() / norms["pictures"]
     return total, ({"loss": total, "bit_nll": plain}, extra)
 
 
 def weighted_nll(
-    system: System,
-    params,
-    condition: Condition,
+    head: Head | IndexHead,
+    bits: int,
     hidden: Float[Array, "b l c"],
     labels: UInt32[Array, "b l words"],
     weight: Float[np.ndarray, "l"],
 ) -> Float[Array, "b l"]:
     """Nats per bit of every token, times its weight; no log odds and no scores are held."""
-    head = apply(system, params, "head", condition)
-    if isinstance(head, IndexHead):
-        nll = token_nll(*_indexed(head, hidden, labels))[0]
-        return weight * nll.reshape(labels.shape[:2]) / system.cfg.transformer.bits
+    if isinstance(head, IndexHead):  # float32 as the bits' log odds; a code's number is its word
+        x = modulated(hidden, head.scale, head.shift).reshape(-1, hidden.shape[-1])
+        nll = token_nll(x, head.table, labels.reshape(-1).astype(jnp.int32))[0]
+        return weight * nll.reshape(labels.shape[:2]) / bits
     weights = jnp.broadcast_to(weight, hidden.shape[:2])
     rows = dict(weights=weights, scale=head.scale, shift=head.shift)
     return bitwise_cross_entropy(hidden, head.w, head.b, labels, **rows)
-
-
-def _indexed(head: IndexHead, hidden, labels):
-    """What token_nll takes, float32 as the bits' log odds are; a code's number is its word."""
-    x = modulated(hidden, head.scale, head.shift)
-    return x.reshape(-1, x.shape[-1]), head.table, labels.reshape(-1).astype(jnp.int32)
 
 
 def norms(batch) -> dict[str, Float[Array, ""]]:
@@ -301,12 +295,11 @@ def bit_scores(system: System, params, batch, rng, flipped: float | Float[Array,
     def means(x):
         return jax.ops.segment_sum(x.mean(0), ids, len(counts)) / counts
 
-    counts, scores = np.bincount(ids), {}
+    counts, scores, bits = np.bincount(ids), {}, cfg.transformer.bits
+    best, ones = unpack(likeliest(head, hidden), bits), np.ones(len(ids), np.float32)
     for case, labels in (("", given.labels), ("kept_", kept.labels)):
-        ones = jnp.ones(len(ids), jnp.float32)
-        scores[f"{case}nll"] = means(weighted_nll(system, params, text, hidden, labels, ones))
-        best, y = (unpack(x, cfg.transformer.bits) for x in (likeliest(head, hidden), labels))
-        scores[f"{case}accuracy"] = means((best == y).mean(-1))
+        scores[f"{case}nll"] = means(weighted_nll(head, bits, hidden, labels, ones))
+        scores[f"{case}accuracy"] = means((best == unpack(labels, bits)).mean(-1))
     return scores
 
 
