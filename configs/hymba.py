@@ -51,7 +51,7 @@ def get_config(arg=""):
 
 def _compare(debug: bool):
     """The other systems' small models on this one's schedule and learning rate."""
-    schedule = ("schedule.name=wsd", "schedule.decay=120", "schedule.final=0.01")
+    schedule = ("steps=300", "schedule.name=wsd", "schedule.decay=60", "schedule.final=0.01")
     extra = ('evals=("bits_per_byte","speed")', "sample.prompts=()", "optimizer.clip=1.0")
     extra += schedule if not debug else ()
     end = ":debug" if debug else ""
