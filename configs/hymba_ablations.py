@@ -12,7 +12,7 @@ Leaves report.md, report.json and report.png in the workdir.
 | --- | --- | --- |
 | (none), recall | 8 of 24 keys, one number of state a channel | Mamba far below the rest |
 | state | the same with two layers and equal sizes | Mamba clearly lower |
-| needle | 4 keys with values in 256 tokens, windows of 8 | all windows far below two global |
+| needle | 4 keys with values in 128 tokens, windows of 8 | all windows far below two global |
 | text | bits per byte, bytes of the state, tokens a second | side by side >= one after the other |
 | meta | share of attention on the first token, entropy | both fall with meta tokens |
 | debug | recall with a few steps, two of the models | minutes |
@@ -72,7 +72,8 @@ def get_config(arg=""):
             "Mamba": (*GROUPS["mamba"], f"{NODE}mlp=183"),  # 129,484 parameters; Hymba: 129,612
         }
         return ablation("configs/recall.py:more,model=hymba", pair, small, columns)
-    extra = ()
-    if variant != "needle":
-        variant, extra = "more", (f"{NODE}state=1", "batch_size=64", "steps=600")
+    variant, extra = {
+        "needle": ("needle", ("batch_size=32", "steps=400")),
+        "recall": ("more", (f"{NODE}state=1", "batch_size=64", "steps=600")),
+    }[variant or "recall"]
     return ablation(f"configs/recall.py:{variant},model=hymba", GROUPS, extra, columns)

@@ -3,7 +3,7 @@
 recall: all pairs first, then nothing but keys again, each followed by its value: multi-query
 associative recall (Arora et al., arXiv 2312.04927). No silence in between: asked half as often,
 models stay much longer where they know the values but not whose they are.
-needle: the pairs anywhere in random other tokens, keys again at the end, as many as pairs.
+needle: the pairs anywhere in random other tokens, the last quarter is keys again with their values.
 Any key may be asked for, however often it was: if each were asked once, a model could answer with
 the values that are left (0.34 of eight right, a loss of 1.33) and never learn to look up.
 
@@ -47,7 +47,8 @@ def draw(rng: np.random.Generator, rows: int, data, fewest: int = 0) -> dict[str
     value = rng.choice(values, (rows, pairs))
     if data.name == "needle":
         tokens = rng.choice(hay, (rows, slots, 2))
-        told, asked = some(pairs, 0, slots - pairs), some(pairs, slots - pairs, slots)
+        end = slots - slots // 4
+        told, asked = some(pairs, 0, end), some(slots - end, end, slots)
     else:
         tokens = np.empty((rows, slots, 2), np.int64)
         told, asked = some(pairs, 0, pairs), some(slots - pairs, pairs, slots)

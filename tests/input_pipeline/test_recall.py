@@ -27,7 +27,7 @@ def test_every_scored_position_asks_for_a_value_told_before(name, take):
         assert {k: v.shape for k, v in batch.items()} == dict.fromkeys(batch, (8, 40))
         for tokens, scored in zip(batch["tokens"], batch["scored"]):
             asked = np.flatnonzero(scored)
-            assert len(asked) == (6 if name == "needle" else 14)
+            assert len(asked) == (5 if name == "needle" else 14)
             for at in asked:
                 first = np.flatnonzero(tokens == tokens[at])[0]
                 assert first < asked.min() and tokens[first + 1] == tokens[at + 1]
