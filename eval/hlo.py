@@ -197,8 +197,8 @@ def _collective(where: str, instruction: Instruction, times: float, devices: int
     if kind not in KINDS:
         return None
     shapes = _tuple(instruction.shape)
-    # Asynchronous gathers and permutes carry (operands, results, ...).
-    if started and kind in ("all-gather", "collective-permute") and len(shapes) > 1:
+    # What starts carries (operands, results, ...); an all-reduce the results alone.
+    if started and kind != "all-reduce" and len(shapes) > 1:
         shapes = shapes[1:2]
     size = sum(map(shape_bytes, shapes))
     group, spread = _group(instruction.rest, devices)

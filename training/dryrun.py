@@ -109,7 +109,7 @@ def measure(config, name: str) -> dict[str, Any]:
         sampler=sampler,
         **_memory(compiled, arguments, problem, topology.chip),
     )
-    result |= _speed(compiled, executed, result, topology, config.accumulate)
+    result |= _speed(compiled, executed, result, topology)
     result["advice"] = [] if result["fits"] else advice(config, dict(mesh.shape), result)
     return result
 
@@ -137,7 +137,7 @@ def _prepare(config, name: str) -> tuple:
     return config, topology, make_mesh(config.mesh, topologies.devices(topology))
 
 
-def _speed(compiled, executed: int, result: dict, topology, accumulate: int) -> dict[str, Any]:
+def _speed(compiled, executed: int, result: dict, topology) -> dict[str, Any]:
     """Collectives, bytes and the estimate of a compiled step; empty for one that does not compile.
 
     moved_bytes: what one device reads and writes of its memory in a step (hlo.Program.moved).
@@ -148,7 +148,7 @@ def _speed(compiled, executed: int, result: dict, topology, accumulate: int) -> 
         nothing = dict.fromkeys(("estimated_step_seconds", "estimated_mfu", "moved_bytes"))
         return dict(collectives={}, **nothing)
     program = hlo.analyse(compiled.as_text(), topology.count)
-    parts = estimate(program, executed, result, topology, accumulate)
+    parts = estimate(program, executed, topology)
     peak, seconds = topology.chip.peak, parts["seconds"]
     return dict(
         collectives=hlo.summarise(program.collectives),
@@ -259,12 +259,12 @@ def needed_bytes(message: str) -> int | None:
     return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1))
 
 
-def estimate(program, executed: int, memory: dict, topology, accumulate: int) -> dict[str, float]:
+def estimate(program, executed: int, topology) -> dict[str, float]:
     """Seconds of one step from rates that are nowhere measured here: an estimate.
 
     TPU: cycles the compiler expects for its fusions, plus kernels at the roofline of their own
-    cost estimates. GPU: the products at chip.efficiency of the peak, or one pass over arguments
-    and two over temporaries, whichever is longer. Asynchronous collectives hide behind that,
+    cost estimates. GPU: the products at chip.efficiency of the peak, or what all its kernels read
+    and write at the memory's rate, whichever is longer. Asynchronous collectives hide behind that,
     the others add to it.
     """
     chip = topology.chip
@@ -274,8 +274,7 @@ def estimate(program, executed: int, memory: dict, topology, accumulate: int) ->
         compute = program.cycles / chip.clock + kernels
     else:
         products = executed / topology.count / (chip.peak * chip.efficiency)
-        moved = 2 * memory["argument_bytes"] + 2 * accumulate * memory["temp_bytes"]
-        compute = max(products, moved / chip.hbm_rate)
+        compute = max(products, program.moved / chip.hbm_rate)
     hidden = exposed = 0.0
     for one in program.collectives:
         crosses = chip.node and one.spread > chip.node
@@ -320,7 +319,7 @@ def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
     memory = _memory(compiled, 0, "", topology.chip)
     program = hlo.analyse(compiled.as_text(), topology.count)
     executed = flops.jaxpr_flops(traced.jaxpr.jaxpr) * topology.count  # every device does it all
-    seconds = estimate(program, executed, memory, topology, 1)["seconds"]
+    seconds = estimate(program, executed, topology)["seconds"]
     total = memory["total_bytes"]
     return result | dict(total_bytes=total, moved_bytes=program.moved, seconds=seconds)
 

@@ -156,6 +156,7 @@ MODULE = """HloModule m
 ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %w = (s32[], f32[8,4]) while(%t), condition=%outer_cond, body=%outer_body, backend_config={"known_trip_count":{"n":"3"}}
   %ar2 = (f32[2]{0}, bf16[2]{0}) all-reduce(%a, %b), replica_groups=mesh['x'=2,'y'=4] {'y'}, to_apply=%add
+  %rss = ((f32[32,4]{1,0}, f32[16]{0}), (f32[8,4]{1,0}, f32[4]{0})) reduce-scatter-start(%y, %z), channel_id=9, replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
   ROOT %r = f32[8,4] copy(%y), backend_config={"estimated_cycles":"7"}
 }
 """  # noqa: E501
@@ -169,14 +170,13 @@ def test_hlo_is_weighted_by_trip_counts():
         "all-gather": (3, 3 * 512 * 3 / 4),  # one channel, started and finished in two fusions
         "all-reduce": (1, 2 * 12 * 3 / 4),
         "collective-permute": (15, 15 * 128),  # 3 trips of 5 trips
-        "reduce-scatter": (3, 3 * 512 * 3 / 4),
+        "reduce-scatter": (4, (3 * 512 + 512 + 64) * 3 / 4),  # GPUs: started with its operands
     }
-    spread = {one.kind: one.spread for one in program.collectives}
+    spread = {(one.kind, one.hidden): one.spread for one in program.collectives}
     assert spread == {
-        "all-gather": 4, "all-reduce": 4, "collective-permute": 4, "reduce-scatter": 7
+        ("all-gather", True): 4, ("all-reduce", False): 4, ("collective-permute", True): 4,
+        ("reduce-scatter", False): 7, ("reduce-scatter", True): 4,
     }  # fmt: skip
-    hidden = {one.kind for one in program.collectives if one.hidden}
-    assert hidden == {"all-gather", "collective-permute"}
 
 
 @pytest.mark.parametrize(
