@@ -11,11 +11,12 @@ command goes on. Leaves report.md, report.json and report.png in the workdir.
 | (none), correction | teacher forcing, random flips, self-correction | self-correction the best |
 | decoding | guidance, pyramid, guidance on hidden states, greedy | optimum inside, greedy worst |
 | bits | 8, 16, 32 bits, each with a small and a smaller model | more bits want the larger |
-| index | 10 bits: a decision each (Infinity), or one of 1,024 codes (VAR) | bits no worse |
+| index | 10 bits: a decision each (Infinity), one of 1,024 codes, and VAR | bits no worse |
 | debug | two corrections, debug models | two minutes |
 """
 
 from configs import common
+from configs.infinity_sizes import UNDECAYED
 from configs.runs import SEEDS, ablation
 
 CONFIG = "configs/infinity.py"
@@ -50,6 +51,14 @@ SIZES = {
     "smaller": ("model.transformer.width=96", "model.transformer.depth=3"),
 }
 
+# VAR (arXiv 2404.02905): a label's one vector instead of attention to a text, a code's index; the
+# blocks that the attention and the text's stack cost. On Infinity's tokenizer and positions.
+VAR = (
+    *("model.text.name=label", "model.transformer.cross=False", "model.transformer.head=index"),
+    "model.transformer.depth=8",
+    f"optimizer.undecayed={tuple(u for u in UNDECAYED if '/ca/' not in u)}",
+)
+
 
 def get_config(arg=""):
     """The list of runs of one ablation."""
@@ -63,8 +72,8 @@ def get_config(arg=""):
     if variant == "bits":
         return _bits((8, 16, 32), SIZES)
     if variant == "index":
-        heads = {head: (f"model.transformer.head={head}",) for head in ("bits", "index")}
-        return _bits((10,), heads)
+        index = ("model.transformer.head=index",)
+        return _bits((10,), {"bits": (), "index": index, "VAR": VAR})
     return ablation(CONFIG, CORRECTIONS, SHORT, PICTURES + BITS)
 
 

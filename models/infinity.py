@@ -45,6 +45,7 @@ class TransformerConfig:
     drop_path: float = 0.1  # of the last block; grows linearly from 0
     chunks: int = 4  # groups that the blocks are published in; 1: in none
     head: str = "bits"  # bits, or index: a score for each of the 2^bits codes
+    cross: bool = True  # blocks attend to the text; False: its pooled vector is all they know
 
     def __post_init__(self):
         if self.width % self.heads or self.head_dim % 4:
@@ -120,11 +121,12 @@ def modulated(x, scale: Float[Array, "b c"], shift: Float[Array, "b c"]) -> Floa
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What the text gives: start and modulation of each row, and what blocks attend to."""
+    """What the text gives: start and modulation of each row, and what blocks attend to, if they
+    do."""
 
     pooled: Float[Array, "b c"]
     modulation: Float[Array, "b six c"]
-    memory: Float[Array, "b p c"]
+    memory: Float[Array, "b p c"] | None
     valid: Bool[Array, "b p"]
 
 
@@ -276,9 +278,10 @@ class Block(nn.Module):
         y = modulated(x, m["scale1"], m["shift1"])
         y, cache = SelfAttention(cfg, self.dtype, name="sa")(y, shared, cache, layer.index)
         x = x + kept(0, y * m["gamma1"][:, None])
-        y = LayerNorm(name="ca_norm")(x)
-        attend = CrossAttention(cfg, self.dtype, name="ca")
-        x = x + attend(y, shared.condition, layer.text).astype(jnp.float32)
+        if cfg.cross:
+            y = LayerNorm(name="ca_norm")(x)
+            attend = CrossAttention(cfg, self.dtype, name="ca")
+            x = x + attend(y, shared.condition, layer.text).astype(jnp.float32)
         y = modulated(x, m["scale2"], m["shift2"])
         x = x + kept(1, Mlp(cfg, self.dtype, name="mlp")(y) * m["gamma2"][:, None])
         if shared.mix_at >= 0:
@@ -328,8 +331,9 @@ class Infinity(nn.Module):
         self.text_norm = RMSNorm(offset=0.0)
         self.text_pool = TextPool(cfg)
         dense = lambda out, axes, dtype=jnp.float32: Linear(out, axes, dtype, 1, True, init)  # noqa: E731
-        self.text_in = dense((dim,), ("embed", "mlp"))
-        self.text_out = dense((dim,), ("mlp", "embed"))
+        if cfg.cross:
+            self.text_in = dense((dim,), ("embed", "mlp"))
+            self.text_out = dense((dim,), ("mlp", "embed"))
         self.modulation = dense((6, dim), ("embed", None, "width_out"))
         self.pos_start = self.param("pos_start", *_table(init, (dim,), "norm"))
         self.level = self.param("level", *_table(init, (LEVELS, dim), "positions", "embed"))
@@ -357,12 +361,15 @@ class Infinity(nn.Module):
             text = jnp.where(drop[:, None, None], self.uncond[: text.shape[1]], text)
         text = self.text_norm(text)
         pooled = self.text_pool(text, valid)
-        hidden = nn.gelu(self.text_in(text), approximate=True)
-        memory = self.text_out(constrain(hidden, "batch", None, "act_mlp"))
+        memory = None
+        if self.cfg.cross:
+            hidden = nn.gelu(self.text_in(text), approximate=True)
+            memory = self.text_out(constrain(hidden, "batch", None, "act_mlp"))
+            memory = constrain(memory.astype(self.dtype), "batch", None, "act_embed")
         return Condition(
             constrain(pooled, "batch", "act_embed"),
             constrain(self.modulation(nn.silu(pooled)), "batch", None, "act_embed"),
-            constrain(memory.astype(self.dtype), "batch", None, "act_embed"),
+            memory,
             valid,
         )
 
@@ -420,7 +427,9 @@ def drop_path(cfg: TransformerConfig, keys: Array) -> Float[Array, "depth 2 b"] 
 
 def text_cache(params, cfg: TransformerConfig, condition: Condition):
     """Keys and values [depth, b, p, h, k] of the text in every block, for sampling: computed once
-    for all scales."""
+    for all scales; None where blocks do not attend to it."""
+    if not cfg.cross:
+        return None
     attend = params["layers"]["ca"]
     out = []
     for name in ("k", "v"):

@@ -15,14 +15,15 @@ def weight_map(cfg: TransformerConfig) -> WeightMap:
         "uncond": plain("cfg_uncond"),
         "text_norm/scale": plain("text_norm.weight"),
         "text_pool/query": _framed(pool + "mat_q", 1),
-        **_linear("text_in", "text_proj_for_ca.0"),
-        **_linear("text_out", "text_proj_for_ca.2"),
         **_heads("modulation", "shared_ada_lin.1", 6),
         "pos_start": _framed("pos_start", 2),
         "level": plain("lvl_embed.weight"),
         **_linear("word", "word_embed"),
         **_heads("head_modulation", "head_nm.ada_lin.1", 2),
     }
+    if cfg.cross:
+        rules |= _linear("text_in", "text_proj_for_ca.0")
+        rules |= _linear("text_out", "text_proj_for_ca.2")
     if cfg.head == "index":  # not in the published code
         rules["head_table"] = plain("head.weight")
     else:
@@ -88,18 +89,22 @@ def _block(cfg: TransformerConfig, block: str, where: dict) -> dict[str, Rule]:
         lambda x: x.reshape(-1),  # (1, 1, H, 1) where it was trained with flash attention
         **where,
     )
-    return {
+    rules = {
         "modulation": _framed(block + "ada_gss", 2, **where),
         **_rows(cfg, "qkv", "sa", sa + "mat_qkv.weight", heads, **where),
         "sa/q/bias": heads_in(sa + "q_bias", heads, **where),
         "sa/v/bias": heads_in(sa + "v_bias", heads, **where),
         "sa/scale": scale,
         **_out("sa/o", sa + "proj", heads, **where),
+        **_linear("mlp/in", block + "ffn.fc1", **where),
+        **_linear("mlp/out", block + "ffn.fc2", **where),
+    }
+    if not cfg.cross:
+        return rules
+    return rules | {
         **_heads("ca/q", ca + "mat_q", heads, **where),
         **_keys_values(cfg, "ca", ca, heads, **where),
         **_out("ca/o", ca + "proj", heads, **where),
         "ca_norm/scale": plain(block + "ca_norm.weight", **where),
         "ca_norm/bias": plain(block + "ca_norm.bias", **where),
-        **_linear("mlp/in", block + "ffn.fc1", **where),
-        **_linear("mlp/out", block + "ffn.fc2", **where),
     }

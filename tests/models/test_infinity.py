@@ -12,6 +12,7 @@ import pytest
 from flax.linen import meta
 
 from export.weights import from_published, to_published
+from inference.infinity import generate_images
 from kernels.bitwise import bitwise_cross_entropy
 from kernels.bitwise.bits import pack
 from models import MODELS, infinity, infinity_build, infinity_weights
@@ -329,6 +330,47 @@ def test_index_head_starts_at_the_entropy_of_all_codes_and_learns():
         losses.append(float(value))
     assert losses[0] == pytest.approx(np.log(2), abs=0.01)
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_one_vector_of_the_caption_instead_of_attention_to_it():
+    """VAR's conditioning: no attention to the text, no parameters for it, published names for what
+    is left; the caption counts, the order of its words and its padding do not."""
+    config = case.tiny_config(
+        model__transformer__cross=False, model__text=dict(name="label", width=32)
+    )
+    model = MODELS["infinity"](config)
+    params = jax.jit(lambda: meta.unbox(model.init(jax.random.key(0))[0]))()
+    own = params["transformer"]
+    assert not {"text_in", "text_out"} & set(own) and set(own["layers"]) == {
+        "modulation",
+        "sa",
+        "mlp",
+    }
+    assert set(params["text"]) == {"table"} and params["text"]["table"].shape == (32, 32)
+    back = from_published(to_published(params, model.weights), model.weights, params)
+    jax.tree.map(np.testing.assert_array_equal, params, back)
+    batch, p = case.batch_of(model), model.predict
+
+    @jax.jit
+    def hidden(tokens, length):
+        text = p["captions"](params, batch | {"gen_tokens": tokens, "gen_length": length})
+        given = p["forced"](params, batch["gen_image"])
+        return p["states"](params, text, given.inputs, given.schedule)
+
+    tokens, length = np.tile(np.arange(4, 10), (8, 1)), np.full(8, 4)
+    mixed = tokens[:, [2, 0, 3, 1, 4, 5]]
+    mixed[:, 4:] = 31
+    same = hidden(tokens, length)
+    np.testing.assert_allclose(hidden(mixed, length), same, atol=1e-5)
+    assert np.abs(hidden(tokens, length + 1) - same).max() > 1e-4
+    loss = jax.jit(
+        lambda: model.loss(params, {}, batch, jax.random.key(1), step=0, norms=model.norms(batch))[
+            0
+        ]
+    )()
+    assert loss == pytest.approx(np.log(2), abs=0.05)
+    drawn = generate_images(model, params, tokens[:2], length[:2], jax.random.key(2), guidance=3.0)
+    assert drawn.images.shape == (2, 16, 16, 3)
 
 
 def test_buckets_of_aspect_ratios():
