@@ -12,6 +12,12 @@ def advice(config, mesh: dict[str, int], result: dict) -> list[str]:
             f"over all {devices} devices (mesh.data=1, mesh.fsdp=-1) up to {devices // spread} "
             "times less"
         )
+    elif mesh["fsdp"] > 2 and state > 4 * 3 * 4 * result["params"] / spread:
+        lines.append(
+            f"mesh.fsdp (now {mesh['fsdp']}): the state takes {gib(state)} a device, since so many "
+            "parts divide few of its arrays; half as many parts or fewer (mesh.data takes the "
+            "rest) may divide more"
+        )
     if mesh["tensor"] == 1:
         lines.append("mesh.tensor (now 1): splits the widest activations and the logits as well")
     if config.remat != "full":

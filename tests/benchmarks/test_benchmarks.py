@@ -15,6 +15,7 @@ from benchmarks import (
     common,
     cross_entropy,
     gpu_static,
+    infinity_peers,
     peers,
     quantiser_entropy,
     scales,
@@ -198,6 +199,14 @@ def test_xlstm_peers_compute_the_same():
     argv = ["--tiny", "--rounds=1", "--what", "cell", "model"]
     rows = xlstm_peers.run(xlstm_peers.arguments(argv))
     assert max(max(row["largest_difference"].values()) for row in rows) < 1e-3
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="needs the bench extra")
+def test_infinity_peers_compute_the_same():
+    argv = ["--tiny", "--rounds=1", "--threads=1"]
+    step, drawing = infinity_peers.run(infinity_peers.arguments(argv))
+    assert max(step["largest_difference"].values()) < 1e-4
+    assert set(drawing["largest_difference"].values()) == {0.0}
 
 
 def test_sides_that_compute_different_things_are_refused():

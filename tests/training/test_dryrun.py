@@ -14,6 +14,7 @@ from configs.common import base, load_config
 from eval import hlo
 from models import Model
 from training import dryrun, topology
+from training.dryrun_table import advice
 
 TPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is absent: pip install -e '.[aot]'"
@@ -235,6 +236,15 @@ def test_what_does_not_fit_names_the_keys(monkeypatch):
     for key in ("mesh.fsdp", "mesh.tensor", "remat", "accumulate", "precision", "batch_size"):
         assert f"  {key} (now" in text
     assert "does NOT fit, by" in text and "GiB more than a device has" in text
+
+
+@pytest.mark.parametrize("state, said", [(17, True), (0.1, False)])
+def test_a_state_that_so_many_parts_do_not_divide_is_named(state, said):
+    """1,600 wide over 256 devices: nothing is cut, and no key but a smaller fsdp helps."""
+    config = load_config("configs/hymba.py:1.5b_8k")
+    result = dict(devices=256, batch_bytes=0, argument_bytes=int(state * 2**30), temp_bytes=2**30)
+    lines = advice(config, dict(fsdp=256, tensor=1), result | dict(params=1_522_797_824))
+    assert any("divide few of its arrays" in line for line in lines) == said
 
 
 @TPU
