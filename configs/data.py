@@ -38,6 +38,7 @@ def data_config(**overrides) -> ml_collections.ConfigDict:
             text_embeddings="",  # folder of a Flan-T5 encoder: gen_text beside gen_tokens
             flip=False,  # mirror pictures at random (images only)
             sizes=(0,)[:0],  # (256, 512, 1024): each batch at one of these sides (images only)
+            shapes=((256, 256),)[:0],  # (h, w) of pictures to generate, one a batch (folder only)
             max_unreadable=10,  # more unreadable files or records than this is an error
             cache_mb=1024,  # decoded pictures kept in memory; larger sets decode on the fly
             prefetch=4,  # batches made ahead by one thread; 0 = none

@@ -14,7 +14,8 @@ Data: OpenMoji glyphs with their CLDR names. The tokenizer is that of configs/bs
 | 8b | 8.4 B on 14 bits of 2 x 2 latents | pods |
 | 20b | 20 B, in the official code only | pods |
 
-Stages of the published sizes: image_size=256, 512, 1024 in turn, init_from the stage before.
+Published sizes take side=256, 512 or 1024, the stages in turn (init_from the one before), and
+ratios=all, the paper's 15 shapes (or some: ratios=1+1.5+0.666): 2b,side=256,ratios=all.
 """
 
 from configs import common
@@ -27,9 +28,12 @@ EVALS = ("bits", "retrieval", "reconstruction", "kid", "sheets")
 
 def get_config(arg=""):
     """The config of one variant; see the table above."""
-    variant = common.parse_arg(arg, ("debug", *PUBLISHED)).variant
+    args = common.parse_arg(arg, ("debug", *PUBLISHED), side=0, ratios="")
+    variant = args.variant
     if variant in PUBLISHED:
-        return published(variant)
+        return published(variant, args.side, args.ratios)
+    if args.side or args.ratios:
+        raise ValueError("config arguments side and ratios are for the published sizes")
     config = common.base(
         steps=1500,
         batch_size=32,

@@ -43,10 +43,28 @@ SAMPLE = dict(
 )
 
 
-def published(variant):
+def shapes_of(ratios: str, side: int) -> tuple[tuple[float, ...], tuple[tuple[int, int], ...]]:
+    """(h / w, pixels) of the shapes that "all", or numbers joined with "+", name, about side^2
+    pixels each."""
+    from models.tokenizers.quantisers.schedules import RATIOS, dynamic
+
+    scales = len(dynamic((side // 16, side // 16)))
+    known = sorted(RATIOS)
+    found = tuple(known) if ratios == "all" else tuple(map(float, ratios.split("+")))
+    if unknown := [ratio for ratio in found if ratio not in RATIOS]:
+        raise ValueError(
+            f"config argument ratios={ratios!r}: {unknown[0]} is none of "
+            f"{', '.join(f'{ratio:g}' for ratio in known)}"
+        )
+    grids = (RATIOS[ratio][scales - 1] for ratio in found)
+    return found, tuple((16 * h, 16 * w) for h, w in grids)
+
+
+def published(variant: str, side: int = 0, ratios: str = ""):
     """The official script: AdamW (0.9, 0.97), constant rate, 1M pixels from the 2B model on."""
     size = PUBLISHED[variant]
-    side = 256 if variant in ("125m", "361m", "940m") else 1024
+    side = side or (256 if variant in ("125m", "361m", "940m") else 1024)
+    shapes = shapes_of(ratios, side) if ratios else ((1.0,), ())
     tokenizer = "infinity_8b" if size == "8b" else "infinity_d32"
     batch = 4096 if side == 256 else 2048
     model = MODEL | dict(
@@ -54,6 +72,7 @@ def published(variant):
         tokenizer=dict(size=tokenizer),
         text=dict(name="t5", size="xl"),  # data.text_embeddings: its folder
         vocab_size=32_128,
+        ratios=shapes[0],
     )
     return common.base(
         steps=150_000 if side == 256 else 60_000,
@@ -64,6 +83,7 @@ def published(variant):
             name="image_text",
             source="folder",
             image_size=side,
+            shapes=shapes[1],
             prompt_length=512,
             text_embeddings="flan-t5-xl",
             mix=dict(t2i=1.0, caption=0.0, vqa=0.0),

@@ -6,7 +6,7 @@ batch is the same on 1 and on 1,000 processes, and a run may resume on another n
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -63,6 +63,35 @@ class Batches(grain.MapDataset):
 
     def __str__(self) -> str:
         return f"Batches({self._batch}, {self._ramp})"
+
+
+class Bucketed(grain.MapDataset):
+    """(bucket, indices): the batches of several sets in one fixed order, in which each comes as
+    often as its share says."""
+
+    def __init__(self, parts: Sequence[grain.MapDataset], shares: Sequence[int], seed: int):
+        super().__init__(parts)
+        order = np.repeat(np.arange(len(parts)), shares)
+        self._order = np.random.default_rng(seed).permutation(order)
+        self._shares = np.array(shares)
+        self._earlier = np.zeros_like(order)  # batches of the same bucket before this one
+        for bucket, share in enumerate(shares):
+            self._earlier[self._order == bucket] = np.arange(share)
+
+    def __len__(self) -> int:
+        rounds = min(len(p) // n for p, n in zip(self._parents, self._shares.tolist()))
+        return rounds * len(self._order)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        turn, place = divmod(index, len(self._order))
+        bucket = int(self._order[place])
+        own = turn * int(self._shares[bucket]) + int(self._earlier[place])
+        return bucket, self._parents[bucket][own]
+
+    def __str__(self) -> str:
+        return f"Bucketed({self._shares.tolist()})"
 
 
 class Prefetched(grain.IterDataset):

@@ -9,17 +9,18 @@ import numpy as np
 
 from input_pipeline import records, transforms
 from input_pipeline.records import Example, Skipped, Source
+from input_pipeline.transforms import Size
 
 
 class Decoded:
-    """Pictures held in memory as uint8 [n, size, size, 3]."""
+    """Pictures held in memory as uint8 [n, h, w, 3]."""
 
     def __init__(self, images: np.ndarray):
         images.setflags(write=False)  # shared by every pipeline of the process
         self.images = images
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 [b, size, size, 3]."""
+        """uint8 [b, h, w, 3]."""
         return self.images[indices]
 
     def take(self, indices: np.ndarray) -> "Decoded":
@@ -30,7 +31,7 @@ class Decoded:
 class OnDemand:
     """Pictures read and decoded when asked for: sets larger than config.data.cache_mb."""
 
-    def __init__(self, source: Source, rows: np.ndarray, size: int, skipped: Skipped):
+    def __init__(self, source: Source, rows: np.ndarray, size: Size, skipped: Skipped):
         self.source, self.rows, self.size, self.skipped = source, rows, size, skipped
 
     def _read(self, index: int) -> np.ndarray:
@@ -45,7 +46,7 @@ class OnDemand:
         raise records.Unreadable(f"no picture of {self.source} can be read")
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 [b, size, size, 3]."""
+        """uint8 [b, h, w, 3]."""
         return np.stack([self._read(int(i)) for i in indices])
 
     def take(self, indices: np.ndarray) -> "OnDemand":
@@ -71,7 +72,7 @@ class Chain:
         return Chain([(len(own), pictures.take(own)) for own, pictures in parts])
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 [b, size, size, 3]."""
+        """uint8 [b, h, w, 3]."""
         which = np.searchsorted(self.starts, indices, side="right") - 1
         out = None
         for part in np.unique(which):
@@ -111,18 +112,25 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
     return Examples([e for p in parts for e in p.items], pictures, counts)
 
 
-def load(data, path: Path, split: str, size: int) -> Examples:
-    """One split of the stored set at `path`, read once per process."""
-    return _load(path, split, size, data.max_unreadable, data.cache_mb)
+def load(data, path: Path, split: str, size: Size) -> Examples:
+    """One split of the stored set at `path`, read once per process; where `size` is (h, w), the
+    pictures to which that is the nearest of config.data.shapes."""
+    among = () if isinstance(size, int) else tuple(map(tuple, data.shapes))
+    return _load(path, split, size, among, data.max_unreadable, data.cache_mb)
 
 
-@functools.lru_cache(maxsize=16)
-def _load(path: Path, split: str, size: int, max_unreadable: int, cache_mb: int) -> Examples:
+@functools.lru_cache(maxsize=64)
+def _load(
+    path: Path, split: str, size: Size, among: tuple, max_unreadable: int, cache_mb: int
+) -> Examples:
     source = records.open_source(path, split)
     skipped = Skipped(max_unreadable, records.noted_skips(path))
-    in_memory = len(source) * size * size * 3 <= cache_mb * 2**20
+    h, w = transforms.sides(size)
+    in_memory = len(source) * h * w * 3 <= cache_mb * 2**20
     items, images, rows = [], [], []
     for row, example in source.readable(skipped):
+        if among and transforms.shape_of(example.image, among) != size:
+            continue
         if in_memory:
             try:
                 images.append(transforms.decode(example.image, size))
@@ -132,7 +140,7 @@ def _load(path: Path, split: str, size: int, max_unreadable: int, cache_mb: int)
         rows.append(row)
         items.append(Example(**{**vars(example), "image": None}))
     if in_memory:
-        shape = (0, size, size, 3)
+        shape = (0, h, w, 3)
         pictures = Decoded(np.stack(images) if images else np.zeros(shape, np.uint8))
     else:
         pictures = OnDemand(source, np.array(rows, np.int64), size, skipped)

@@ -102,12 +102,12 @@ def scan(folder: Path) -> list[Entry]:
 
 
 class Folder(records.ImageTextBuilder):
-    """Pictures and captions of a folder, cropped to one size."""
+    """Pictures and captions of a folder, each cropped to the nearest of some shapes."""
 
     name = "folder"
 
-    def __init__(self, *, folder: Path, entries: list[Entry], size: int, skipped: Skipped, **kw):
-        self._folder, self._entries, self._size, self._skipped = folder, entries, size, skipped
+    def __init__(self, *, folder: Path, entries: list[Entry], shapes, skipped: Skipped, **kw):
+        self._folder, self._entries, self._shapes, self._skipped = folder, entries, shapes, skipped
         super().__init__(**kw)
 
     def examples(self, split: str) -> Iterator[records.Example]:
@@ -117,7 +117,7 @@ class Folder(records.ImageTextBuilder):
                 continue
             try:
                 encoded = (self._folder / entry.file).read_bytes()
-                image = transforms.decode(encoded, self._size)
+                image = transforms.decode(encoded, *self._shapes)
             except transforms.UNREADABLE as error:
                 self._skipped.add(entry.file, error)
                 continue
@@ -139,21 +139,26 @@ def _scanned(folder: Path) -> tuple[list[Entry], str]:
     return entries, _fingerprint(folder, entries)
 
 
-def prepare(data, size: int) -> Path:
-    """Folder of the stored set; made again when a file or a caption changes."""
+def prepare(data, size: transforms.Size) -> Path:
+    """Folder of the stored set, of squares or of all config.data.shapes; made again when a file or
+    a caption changes."""
     folder = root(data)
     if (folder / "dataset_info.json").is_file():
         return folder
     entries, fingerprint = _scanned(folder)
+    square = isinstance(size, int)
+    shapes = (size,) if square else tuple(data.shapes)
+    named = size if square else hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
 
     def make(path: Path) -> None:
         skipped = Skipped(data.max_unreadable)
-        records.write(path, Folder, folder=folder, entries=entries, size=size, skipped=skipped)
+        records.write(path, Folder, folder=folder, entries=entries, shapes=shapes, skipped=skipped)
         records.note_skipped(path, skipped)
 
-    return store.prepare_once(data, f"folder-{fingerprint}-{size}px", make)
+    return store.prepare_once(data, f"folder-{fingerprint}-{named}px", make)
 
 
-def load(data, split: str, size: int) -> Examples:
-    """The readable pictures of one split; files skipped on preparation stay counted."""
+def load(data, split: str, size: transforms.Size) -> Examples:
+    """The readable pictures of one split, where `size` is one of config.data.shapes those nearest
+    to it; files skipped on preparation stay counted."""
     return examples.load(data, prepare(data, size), split, size)

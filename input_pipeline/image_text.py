@@ -8,6 +8,9 @@ caption rows come before question rows. With config.data.edit the prompt is an i
 gen_source_image uint8 [Bg, S, S, 3] (and gen_source_moments beside gen_moments) is the picture to
 change.
 
+With config.data.shapes (pictures of an own folder, each in the nearest (h, w)) a batch's pictures
+to generate have one shape; shapes take turns, each as often as it has pictures.
+
 With config.data.questions > 1 a row holds as many questions with their answers about its picture
 as fit, at most that many: captions in several languages, or a scene's questions and its caption.
 und_segments and und_prefix are then int32 [Bu, T] (input_pipeline/layout.py), without und_length.
@@ -60,13 +63,13 @@ class _Texts:
     """Token rows by text, each encoded once; counts the texts that had to be cut."""
 
     def __init__(self, tokenizer, data, counts: dict[str, int]):
-        self._tokenizer, self._data, self._counts = tokenizer, data, counts
+        self._tokenizer, self._data, self.counts = tokenizer, data, counts
         self._prompts: dict[str, layout.Prompt] = {}
         self._answered: dict[tuple[str, str], layout.Answered] = {}
 
     def _count(self, row) -> None:
         if row.truncated:
-            self._counts["truncated"] = self._counts.get("truncated", 0) + 1
+            self.counts["truncated"] = self.counts.get("truncated", 0) + 1
 
     def prompt(self, caption: str) -> layout.Prompt:
         if (row := self._prompts.get(caption)) is None:
@@ -135,18 +138,19 @@ class _Captioned:
         return np.array(rows, np.int64), rest
 
 
-def _need(count: int, batch: int, key: str, what: str, data) -> None:
+def _need(count: int, batch: int, key: str, what: str, data, split: str) -> None:
     if batch and not count:
         raise ValueError(
-            f"config.data.mix.{key}={data.mix[key]} but source {data.source!r} has no {what}; "
-            "set it to 0 or add a source"
+            f"config.data.mix.{key}={data.mix[key]} but source {data.source!r} has no {what} in "
+            f"split {split!r}; set it to 0 or add a source"
         )
 
 
-def _generation(config, split: str, texts: _Texts) -> tuple[int, Callable]:
-    """(count, make(indices, u)) of plain text-to-image rows."""
+def _generation(config, split: str, texts: _Texts, shape=None) -> tuple[int, Callable]:
+    """(count, make(indices, u)) of plain text-to-image rows; shape: (h, w), one of data.shapes."""
     data = config.data
-    found = sources.load(data, split, data.image_size, data.captioned)
+    found = sources.load(data, split, shape or data.image_size, data.captioned)
+    texts.counts.update(found.counts)
     captioned = _Captioned(found, data)
     moments = latents.moments(config, found, split) if data.latents else None
     embedded = text_embeddings.captions(config, found) if data.text_embeddings else None
@@ -163,6 +167,15 @@ def _generation(config, split: str, texts: _Texts) -> tuple[int, Callable]:
         return out | {"gen_moments": moments[rows]}
 
     return len(captioned), make
+
+
+def _shaped(config, split: str, texts: _Texts) -> list[tuple[int, Callable]]:
+    """`_generation` of every shape of config.data.shapes that has pictures."""
+    data = config.data
+    if data.latents or data.edit:
+        raise ValueError("config.data.shapes: not with latents or edit")
+    each = [_generation(config, split, texts, tuple(shape)) for shape in data.shapes]
+    return [(count, make) for count, make in each if count] or each[:1]
 
 
 def _understanding(data, split: str, texts: _Texts, counts: dict[str, int]):
@@ -219,19 +232,27 @@ def build(config, *, split: str, seed: int, process_index: int, process_count: i
     counts: dict[str, int] = {}
     tokenizer = tokenizers.load(data)
     texts = _Texts(tokenizer, data, counts)
-    generate = edits.generation if data.edit else _generation
-    pictures, make_gen = generate(config, split, texts)
-    captions, questions, make_und = _understanding(data, split, texts, counts)
-    _need(pictures, sizes.t2i, "t2i", "captioned picture", data)
-    _need(captions, sizes.caption, "caption", "captioned picture", data)
-    _need(questions, sizes.vqa, "vqa", "question", data)
-    gen = batching.share(sizes.t2i, process_index, process_count, "config.data.mix.t2i")
+    if data.shapes:
+        generators = _shaped(config, split, texts)
+    else:
+        generators = [(edits.generation if data.edit else _generation)(config, split, texts)]
+    pictures = sum(count for count, _ in generators)
+    captions = questions = 0
     und_rows = sizes.caption + sizes.vqa
+    if und_rows:
+        captions, questions, make_und = _understanding(data, split, texts, counts)
+    _need(pictures, sizes.t2i, "t2i", "captioned picture", data, split)
+    _need(captions, sizes.caption, "caption", "captioned picture", data, split)
+    _need(questions, sizes.vqa, "vqa", "question", data, split)
+    gen = batching.share(sizes.t2i, process_index, process_count, "config.data.mix.t2i")
     und = batching.share(und_rows, process_index, process_count, "config.data.mix")
 
     def make(got: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
         u_gen, u_und = rng.random(sizes.t2i), rng.random(und_rows)
-        out = make_gen(got["t2i"][gen], u_gen[gen]) if sizes.t2i else {}
+        out = {}
+        if sizes.t2i:
+            bucket, chosen = got["t2i"] if len(generators) > 1 else (0, got["t2i"])
+            out = generators[bucket][1](chosen[gen], u_gen[gen])
         if und_rows:
             none = np.zeros(0, np.int64)
             cut = sizes.caption  # question rows follow caption rows in the global batch
@@ -246,5 +267,9 @@ def build(config, *, split: str, seed: int, process_index: int, process_count: i
         for i, (name, size) in enumerate(sizes._asdict().items())
         if size
     }
+    if sizes.t2i and len(generators) > 1:  # one shape a batch, all pictures once in a round
+        each = [batching.index_batches(n, sizes.t2i, seed) for n, _ in generators]
+        shares = [-(-n // sizes.t2i) for n, _ in generators]
+        parts["t2i"] = batching.Bucketed(each, shares, seed)
     dataset = batching.assemble(parts, make, seed=seed, prefetch=data.prefetch)
     return Pipeline(dataset, tokenizer, tokenizer.vocab_size, counts=counts, on_close=dataset.close)

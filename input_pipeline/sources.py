@@ -1,6 +1,6 @@
 """config.data.source: which sets of pictures are read, joined with "+"."""
 
-from input_pipeline import examples, folder, openmoji, photos, scenes
+from input_pipeline import examples, folder, openmoji, photos, scenes, transforms
 
 LOADERS = {
     "openmoji": openmoji.load,
@@ -22,6 +22,10 @@ def names(data, which: str = "") -> list[str]:
     return found
 
 
-def load(data, split: str, size: int, which: str = "") -> examples.Examples:
+def load(data, split: str, size: transforms.Size, which: str = "") -> examples.Examples:
     """Sources `which` (all of the config when empty), one split, pictures of `size` pixels."""
+    if not isinstance(size, int) and names(data, which) != ["folder"]:
+        raise ValueError(
+            f"config.data.shapes: source {which or data.source!r} has squares only; folder has all"
+        )
     return examples.concatenate([LOADERS[name](data, split, size) for name in names(data, which)])

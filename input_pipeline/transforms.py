@@ -1,6 +1,7 @@
 """Picture transforms: the centre crop that every picture goes through, and mirroring."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -9,18 +10,33 @@ from PIL import Image
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: ADM's crop; halve with BOX while twice too large, then BICUBIC."""
+Size = int | tuple[int, int]  # side of a square, or (h, w)
+
+
+def centre_crop(image: Image.Image, size: Size) -> np.ndarray:
+    """uint8 [h, w, 3]: ADM's crop; halve with BOX while twice too large, then BICUBIC."""
     image = on_white(image)
-    if image.size == (size, size):
+    h, w = sides(size)
+    if image.size == (w, h):
         return np.asarray(image)
-    while min(image.size) >= 2 * size:
+    while image.size[0] >= 2 * w and image.size[1] >= 2 * h:
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(w / image.size[0], h / image.size[1])
     width, height = (round(side * scale) for side in image.size)
     array = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-    top, left = (height - size) // 2, (width - size) // 2
-    return array[top : top + size, left : left + size]
+    top, left = (height - h) // 2, (width - w) // 2
+    return array[top : top + h, left : left + w]
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """(h, w)."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def nearest(image: Image.Image, shapes: Sequence[Size]) -> Size:
+    """The shape with the nearest h / w, as Infinity's code chooses."""
+    ratio = image.size[1] / image.size[0]
+    return min(shapes, key=lambda shape: abs(ratio - np.divide(*sides(shape))))
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -32,10 +48,16 @@ def on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(encoded: bytes, size: int) -> np.ndarray:
-    """uint8 [size, size, 3] of PNG, JPEG or WebP bytes."""
+def decode(encoded: bytes, *shapes: Size) -> np.ndarray:
+    """uint8 [h, w, 3] of PNG, JPEG or WebP bytes, in the nearest of the shapes."""
     with Image.open(io.BytesIO(encoded)) as image:
-        return centre_crop(image, size)
+        return centre_crop(image, nearest(image, shapes))
+
+
+def shape_of(encoded: bytes, shapes: Sequence[Size]) -> Size:
+    """The shape that `decode` gives, from the first bytes."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return nearest(image, shapes)
 
 
 def batch_sizes(data, batch_size: int) -> dict[int, int]:

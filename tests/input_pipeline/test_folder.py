@@ -140,3 +140,46 @@ def test_missing_and_empty_folders_are_explained(make_config, tmp_path):
         build(make_config(source="folder"))
     with pytest.raises(ValueError, match="holds no picture"):
         build(make_config(source="folder", path=str(tmp_path)))
+
+
+@pytest.fixture
+def wide_and_tall(tmp_path):
+    """31 pictures 80 high or wide, whose red is their number; every third is square."""
+    rows = []
+    for i in range(31):
+        sides = ((80, 80), (80, 120), (120, 80))[i % 3]  # (w, h)
+        Image.new("RGB", sides, (8 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append({"file": f"{i}.png", "caption": f"picture {i}", "split": "train"})
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_one_shape_a_batch_and_every_picture_in_a_round(make_config, wide_and_tall, take):
+    shapes = ((32, 32), (48, 32), (32, 48))
+    mix = dict(t2i=1.0, caption=0.0, vqa=0.0)
+    c = make_config(4, source="folder", path=str(wide_and_tall), mix=mix, shapes=shapes)
+    pipeline = build(c)
+    round_of = -(-11 // 4) + 2 * -(-10 // 4)  # batches
+    seen = []
+    for batch in take(pipeline, round_of):
+        shape, numbers = batch["gen_image"].shape[1:3], batch["gen_image"][:, 0, 0, 0] / 8
+        np.testing.assert_array_equal(numbers % 3, shapes.index(shape))  # none in a foreign shape
+        for tokens, length, number in zip(batch["gen_tokens"], batch["gen_length"], numbers):
+            said = pipeline.tokenizer.decode(tokens[:length])
+            assert said.strip() == f"picture {number:g}"
+        seen += numbers.tolist()
+    assert set(seen) == set(range(31)) and len(seen) == 4 * round_of
+    halves = [
+        DATASETS["image_text"](c, split="train", seed=0, process_index=i, process_count=2)
+        for i in range(2)
+    ]
+    for one, first, second in zip(take(build(c), 5), *(take(half, 5) for half in halves)):
+        both = np.concatenate([first["gen_image"], second["gen_image"]])
+        np.testing.assert_array_equal(one["gen_image"], both)
+    assert c.data.image_size == 32 and len(folder.load(c.data, "train", 32)) == 31  # squares still
+
+
+def test_shapes_are_for_folders(make_config):
+    c = make_config(4, mix=dict(t2i=1.0, caption=0.0, vqa=0.0), shapes=((32, 32), (48, 32)))
+    with pytest.raises(ValueError, match="config.data.shapes: source 'openmoji.*squares only"):
+        build(c)

@@ -386,6 +386,13 @@ def test_buckets_of_aspect_ratios():
     config.model.ratios = (1.1,)
     with pytest.raises(ValueError, match="config.model.ratios has 1.1: allowed are 0.333"):
         MODELS["infinity"](config)
+    config = load_config("configs/infinity.py:8b,side=512,ratios=all")  # data and model agree
+    batches = MODELS["infinity"](config).batches.values()
+    shapes = tuple(batch["gen_image"].shape[1:3] for batch in batches)
+    assert shapes == tuple(config.data.shapes) and len(set(shapes)) == 15
+    config.model.ratios = (1.1,)
+    with pytest.raises(ValueError, match="config.model.ratios has 1.1: allowed are 0.333"):
+        MODELS["infinity"](config)
 
 
 def test_captions_embedded_before():
