@@ -129,14 +129,14 @@ def _load(
     in_memory = len(source) * h * w * 3 <= cache_mb * 2**20
     items, images, rows = [], [], []
     for row, example in source.readable(skipped):
-        if among and transforms.shape_of(example.image, among) != size:
-            continue
-        if in_memory:
-            try:
-                images.append(transforms.decode(example.image, size))
-            except transforms.UNREADABLE as error:
-                skipped.add(f"the picture of record {row} of {source}", error)
+        try:
+            if among and transforms.shape_of(example.image, among) != size:
                 continue
+            if in_memory:
+                images.append(transforms.decode(example.image, size))
+        except transforms.UNREADABLE as error:
+            skipped.add(f"the picture of record {row} of {source}", error)
+            continue
         rows.append(row)
         items.append(Example(**{**vars(example), "image": None}))
     if in_memory:
