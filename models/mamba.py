@@ -84,7 +84,7 @@ SIZES = {
     "mamba2_2.7b": _second(2560, 64),
     # For CPUs; the vocabulary comes with the data.
     "tiny": MambaConfig(4096, 208, 9),
-    "tiny2": MambaConfig(4096, 192, 6, version=2, state=64, head_dim=32),
+    "tiny2": MambaConfig(4096, 192, 11, version=2, state=64, head_dim=32),
     "debug": MambaConfig(512, 64, 2),
     "debug2": MambaConfig(512, 64, 2, version=2, state=16, head_dim=16),
 }
