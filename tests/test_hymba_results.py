@@ -41,7 +41,7 @@ def test_needles_are_held_by_the_state():
 
 
 def test_the_comparisons_on_text_say_what_the_page_says():
-    """Equal parameters; xLSTM and Mamba-1 first, Llama last; attention alone last on the roadmap."""
+    """Equal parameters; xLSTM and Mamba-1 first, Llama last; on the roadmap attention alone."""
     bits = "bits_per_byte/bits_per_byte"
     found = json.loads((RESULTS / "compare.json").read_text())["groups"]
     sizes = [group["speed/parameters"]["mean"] for group in found.values()]
