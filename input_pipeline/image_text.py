@@ -251,7 +251,7 @@ def build(config, *, split: str, seed: int, process_index: int, process_count: i
         u_gen, u_und = rng.random(sizes.t2i), rng.random(und_rows)
         out = {}
         if sizes.t2i:
-            bucket, chosen = got["t2i"] if len(generators) > 1 else (0, got["t2i"])
+            bucket, chosen = got["t2i"]
             out = generators[bucket][1](chosen[gen], u_gen[gen])
         if und_rows:
             none = np.zeros(0, np.int64)
@@ -267,7 +267,7 @@ def build(config, *, split: str, seed: int, process_index: int, process_count: i
         for i, (name, size) in enumerate(sizes._asdict().items())
         if size
     }
-    if sizes.t2i and len(generators) > 1:  # one shape a batch, all pictures once in a round
+    if sizes.t2i:  # one shape a batch, all pictures once in a round
         each = [batching.index_batches(n, sizes.t2i, seed) for n, _ in generators]
         shares = [-(-n // sizes.t2i) for n, _ in generators]
         parts["t2i"] = batching.Bucketed(each, shares, seed)
