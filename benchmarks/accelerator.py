@@ -5,19 +5,23 @@
 Checks compare with a plain form of the same thing, float32 at full precision. Timings are bfloat16
 and say which share of the chip's peak FLOP/s or bandwidth they reach: the vendor's peak where it is
 known, otherwise that of a large product and a large copy, measured first. --quick takes sizes that
-a CPU does in a minute or two. A section that fails is reported and the others go on; the exit code
-is 1 when a check failed or a section broke.
+a CPU does in a few minutes. A section that fails is reported and the others go on; the exit code is
+1 when a check failed or a section broke. The file is written after every section; those that are
+not asked for keep their rows from an earlier run on such a device.
 """
 
 import argparse
+import json
 import re
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import jax
 
 from benchmarks import accelerator_checks as checks
+from benchmarks import accelerator_models as whole
 from benchmarks import accelerator_ops as ops
 from benchmarks import accelerator_speed as speed
 from benchmarks import common
@@ -39,6 +43,8 @@ SECTIONS = {
     "decode": speed.decode,
     "training": speed.training,
     "generation": speed.pictures,
+    "long_decode": whole.long_decode,
+    "infinity": whole.infinity,
 }
 
 
@@ -58,6 +64,22 @@ def run_section(name: str, quick: bool, peaks: dict) -> list[dict]:
 def passed(rows: list[dict]) -> bool:
     """No failed section and every check within its limit."""
     return not any("error" in row or row.get("passed") is False for row in rows)
+
+
+def earlier(out: str, sections: list[str]) -> list[dict]:
+    """Rows of the other sections in the file of an earlier run on such a device."""
+    path = Path(out)
+    if not out or not path.exists():
+        return []
+    found, now = json.loads(path.read_text()), common.machine()
+    same = all(found["machine"][key] == now[key] for key in ("device", "devices", "jax"))
+    return [row for row in found["rows"] if same and row["section"] not in sections]
+
+
+def in_order(rows: list[dict]) -> list[dict]:
+    """Rows in the order of SECTIONS."""
+    names = list(SECTIONS)
+    return sorted(rows, key=lambda row: names.index(row["section"]))
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -83,6 +105,9 @@ def main(argv=None) -> int:
     """The chosen sections; 0 when everything passed."""
     args = arguments(argv)
     begin, rows, peaks = time.perf_counter(), [], speed.vendor_peaks()
+    command = "python -m benchmarks.accelerator" + (" --quick" if args.quick else "")
+    out = default_out(args.quick) if args.out is None else args.out
+    others = earlier(out, args.sections)
     for name in args.sections:
         if time.perf_counter() - begin > 60 * args.minutes:
             found = [{"section": name, "what": "left out", "reason": f"{args.minutes:g} minutes"}]
@@ -91,8 +116,7 @@ def main(argv=None) -> int:
         for row in found:
             common.show(row)
         rows += found
-    command = "python -m benchmarks.accelerator" + (" --quick" if args.quick else "")
-    common.save(default_out(args.quick) if args.out is None else args.out, command, rows)
+        common.save(out, command, in_order(others + rows))  # a lease may end at any time
     return 0 if passed(rows) else 1
 
 

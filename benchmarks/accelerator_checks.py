@@ -74,7 +74,8 @@ def attention(quick: bool, peaks: dict) -> list[dict]:
         q, g = (jax.random.normal(k, (rows, length, heads, width), dtype) for k in keys[:2])
         k, v = (jax.random.normal(k, (rows, length, groups, width), dtype) for k in keys[2:])
 
-        def both(impl, mask, q=q, k=k, v=v, g=g):
+        # Arguments, not constants: XLA would fold products of constants while compiling.
+        def both(impl, mask, q, k, v, g):
             # cuDNN takes no cap, so windows go without.
             options = dict(scale=width**-0.5, softcap=None if mask.window else 50.0)
 
@@ -85,11 +86,11 @@ def attention(quick: bool, peaks: dict) -> list[dict]:
             return out, back(g)
 
         for name, mask in masks(rows, length).items():
-            want = jax.jit(functools.partial(both, "ref"))(mask)
+            want = jax.jit(functools.partial(both, "ref"))(mask, q, k, v, g)
             for impl in ("xla", *({"tpu", "gpu"} & {jax.default_backend()})):
                 row = {"dtype": dtype, "mask": name, "impl": impl}
                 try:
-                    got = jax.jit(functools.partial(both, impl))(mask)
+                    got = jax.jit(functools.partial(both, impl))(mask, q, k, v, g)
                 except NotSupported as error:
                     found.append({"check": "attention", **row, "not_supported": str(error)})
                     continue
@@ -107,7 +108,7 @@ def mlstm(quick: bool, peaks: dict) -> list[dict]:
         inputs, documents = mlstm_inputs(shape, dtype)
         weight = jax.random.normal(jax.random.key(9), inputs[2].shape)
 
-        def both(impl, inputs, documents=documents, weight=weight):
+        def both(impl, inputs, documents, weight):
             def total(*inputs):
                 h, last = recurrent.mlstm(*inputs, segment_ids=documents, impl=impl)
                 # Times exp(m): what does not depend on the gauge has one gradient.
@@ -117,13 +118,13 @@ def mlstm(quick: bool, peaks: dict) -> list[dict]:
             return jax.grad(total, (0, 1, 2, 3, 4), has_aux=True)(*inputs)
 
         exact = [x.astype(jnp.float32) for x in inputs]
-        want = jax.jit(functools.partial(both, "ref"))(exact)
+        want = jax.jit(functools.partial(both, "ref"))(exact, documents, weight)
         for impl in ("xla", "tpu", "gpu"):
             row = {"dtype": dtype, "impl": impl}
             if impl != "xla" and jax.default_backend() != impl:
                 continue
             try:
-                got = jax.jit(functools.partial(both, impl))(inputs)
+                got = jax.jit(functools.partial(both, impl))(inputs, documents, weight)
             except NotSupported as error:
                 found.append({"check": "mlstm", **row, "not_supported": str(error)})
                 continue
@@ -167,13 +168,15 @@ def mlstm_steps(impl, q, k, v, i, f, states):
 def mlstm_inputs(shape, dtype):
     """((q, k, v, i, f), document of each token) of random tokens; shape is (B, H, T, K, V)."""
     b, h, t, k, v = shape
-    keys = jax.random.split(jax.random.key(0), 6)
-    sizes = ((b, h, t, k), (b, h, t, k), (b, h, t, v))
-    # Positive q and k: sums that nearly cancel would measure the test, not the kernel.
-    q, key, value = (jax.random.normal(x, s).astype(dtype) for x, s in zip(keys, sizes))
-    i, f = jax.random.normal(keys[3], (b, h, t)), 3 + jax.random.normal(keys[4], (b, h, t))
-    documents = jnp.cumsum(jax.random.bernoulli(keys[5], 0.01, (b, t)), axis=1)
-    return (jnp.abs(q), jnp.abs(key), value, i, f), documents.astype(jnp.int32)
+
+    def draw(normal):
+        # Positive q and k: sums that nearly cancel would measure the test, not the kernel.
+        q, key = (jnp.abs(normal(i, b, h, t, k, dtype=dtype)) for i in (0, 1))
+        i, f = normal(3, b, h, t), 3 + normal(4, b, h, t)
+        return q, key, normal(2, b, h, t, v, dtype=dtype), i, f
+
+    documents = jnp.cumsum(jax.random.bernoulli(jax.random.key(5), 0.01, (b, t)), axis=1)
+    return common.drawn(draw), documents.astype(jnp.int32)
 
 
 @precise

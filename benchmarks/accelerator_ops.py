@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from benchmarks import common
 from benchmarks.accelerator_checks import apart, precise, verdict
 from benchmarks.accelerator_speed import attempt, rate, seconds
 from kernels.bitwise import bitwise_cross_entropy, sample_bits
@@ -30,10 +31,6 @@ class Op(NamedTuple):
     moved: int  # bytes: each large input and result once
 
 
-def _normal(seed: int, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
-
-
 def _documents(rows: int, length: int):
     """Document of each token, a new one after about 100."""
     ends = jax.random.bernoulli(jax.random.key(99), 0.01, (rows, length))
@@ -45,11 +42,13 @@ def scan(rows: int, length: int, quick: bool, dtype) -> Op:
     channels, states = (64, 8) if quick else (3200, 16)
     wide, narrow = (rows, length, channels), (rows, length, states)
     A = -jnp.tile(jnp.arange(1.0, states + 1), (channels, 1))
-    inputs = (
-        _normal(0, *wide, dtype=dtype), _normal(1, *wide, dtype=dtype), A,
-        _normal(2, *narrow, dtype=dtype), _normal(3, *narrow, dtype=dtype), _normal(4, channels),
-        _normal(5, *wide, dtype=dtype), _documents(rows, length),
-    )  # fmt: skip
+
+    def draw(normal):
+        u, delta, z = (normal(i, *wide, dtype=dtype) for i in range(3))
+        B, C = (normal(i, *narrow, dtype=dtype) for i in (3, 4))
+        return u, delta, A, B, C, normal(5, channels), z, _documents(rows, length)
+
+    inputs = common.drawn(draw)
 
     def call(impl, u, delta, A, B, C, D, z, documents):
         return selective_scan(u, delta, A, B, C, D, z=z, segment_ids=documents, impl=impl)
@@ -62,11 +61,14 @@ def state_space_dual(rows: int, length: int, quick: bool, dtype) -> Op:
     """Mamba-2's scan at the 2.7B's sizes."""
     heads, width, states = (2, 32, 32) if quick else (80, 64, 128)
     wide, narrow = (rows, length, heads, width), (rows, length, 1, states)
-    inputs = (
-        _normal(0, *wide, dtype=dtype), _normal(1, *wide[:3]), -jnp.linspace(1.0, 16.0, heads),
-        _normal(2, *narrow, dtype=dtype), _normal(3, *narrow, dtype=dtype), _normal(4, heads),
-        _documents(rows, length),
-    )  # fmt: skip
+
+    def draw(normal):
+        A = -jnp.linspace(1.0, 16.0, heads)
+        B, C = (normal(i, *narrow, dtype=dtype) for i in (0, 1))
+        x, delta, D = normal(2, *wide, dtype=dtype), normal(3, *wide[:3]), normal(4, heads)
+        return x, delta, A, B, C, D, _documents(rows, length)
+
+    inputs = common.drawn(draw)
 
     def call(impl, x, delta, A, B, C, D, documents):
         return ssd(x, delta, A, B, C, D, segment_ids=documents, impl=impl)
@@ -79,10 +81,13 @@ def state_space_dual(rows: int, length: int, quick: bool, dtype) -> Op:
 
 def _head(rows: int, length: int, quick: bool, dtype):
     channels, bits = (64, 16) if quick else (2048, 32)
-    x = _normal(0, rows, length, channels, dtype=dtype)
-    w, b = _normal(1, channels, bits) * channels**-0.5, _normal(2, bits)
-    modulation = _normal(3, rows, channels) * 0.1, _normal(4, rows, channels) * 0.1
-    return x, w, b, *modulation
+
+    def draw(normal):
+        x = normal(0, rows, length, channels, dtype=dtype)
+        w, b = normal(1, channels, bits) * channels**-0.5, normal(2, bits)
+        return x, w, b, normal(3, rows, channels) * 0.1, normal(4, rows, channels) * 0.1
+
+    return common.drawn(draw)
 
 
 def bitwise_loss(rows: int, length: int, quick: bool, dtype) -> Op:
@@ -100,7 +105,7 @@ def bitwise_loss(rows: int, length: int, quick: bool, dtype) -> Op:
 def bitwise_draw(rows: int, length: int, quick: bool, dtype) -> Op:
     """Drawing of bits with guidance."""
     x, w, b, *modulation = _head(rows, length, quick, dtype)
-    uncond = _normal(8, *x.shape, dtype=dtype)
+    (uncond,) = common.drawn(lambda normal: [normal(8, *x.shape, dtype=dtype)])
     uniforms = jax.random.uniform(jax.random.key(9), (*x.shape[:2], w.shape[1]))
 
     def call(impl, x, w, b, scale, shift, uncond, uniforms):
@@ -121,19 +126,29 @@ OPS = {
 }
 
 
-def _total(op: Op, impl: str, *inputs):
-    """Sum of the results under fixed random weights, and the results."""
+def _weights(op: Op) -> tuple[jax.Array, ...]:
+    """Random weights of the results, drawn once: a draw costs more than some of the kernels."""
+    out = jax.eval_shape(functools.partial(op.call, "ref"), *op.inputs)
+    leaves = jax.tree.leaves(out)
+
+    def draw(normal):
+        return [normal(i, *x.shape, dtype=x.dtype) for i, x in enumerate(leaves)]
+
+    return common.drawn(draw)
+
+
+def _total(op: Op, impl: str, weights, *inputs):
+    """Sum of the results under `weights`, and the results."""
     out = jax.tree.leaves(op.call(impl, *inputs))
-    weights = [_normal(20 + i, *x.shape) for i, x in enumerate(out)]
     total = sum((x.astype(jnp.float32) * w).sum() for x, w in zip(out, weights, strict=True))
     return total, out
 
 
-def _everything(op: Op, impl: str, *inputs):
+def _everything(op: Op, impl: str, weights, *inputs):
     """Results, and gradients where there are any."""
     if not op.graded:
         return op.call(impl, *inputs)
-    total = functools.partial(_total, op, impl)
+    total = functools.partial(_total, op, impl, weights)
     return jax.grad(total, tuple(range(op.graded)), has_aux=True)(*inputs)
 
 
@@ -147,11 +162,12 @@ def check(name: str, quick: bool, peaks: dict) -> list[dict]:
         exact = [
             x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in op.inputs
         ]
-        want = jax.jit(functools.partial(_everything, op, "ref"))(*exact)
+        weights = _weights(op)
+        want = jax.jit(functools.partial(_everything, op, "ref"))(weights, *exact)
         for impl in ("xla", *({"tpu", "gpu"} & {jax.default_backend()})):
             row = {"dtype": dtype, "impl": impl}
             try:
-                got = jax.jit(functools.partial(_everything, op, impl))(*op.inputs)
+                got = jax.jit(functools.partial(_everything, op, impl))(weights, *op.inputs)
             except NotSupported as error:
                 found.append({"check": name, **row, "not_supported": str(error)})
                 continue
@@ -173,14 +189,14 @@ def timing(name: str, quick: bool, peaks: dict) -> list[dict]:
     for length, impl in itertools.product((128,) if quick else (1024, 8192, 65_536), impls):
         rows = tokens // length
         op = OPS[name](rows, length, quick, jnp.bfloat16)
-        passes = {"forward": (functools.partial(op.call, impl), 1)}
+        passes = {"forward": (functools.partial(op.call, impl), op.inputs, 1)}
         if op.graded:
+            inputs, which = (_weights(op), *op.inputs), tuple(range(1, op.graded + 1))
             total = functools.partial(_total, op, impl)
-            grad = jax.grad(lambda *x, f=total: f(*x)[0], tuple(range(op.graded)))
-            passes["and backward"] = grad, 3
-        for label, (function, times) in passes.items():
+            passes["and backward"] = jax.grad(lambda *x, f=total: f(*x)[0], which), inputs, 3
+        for label, (function, inputs, times) in passes.items():
             row = {"what": f"{name.replace('_', ' ')} {impl}", "length": length, "rows": rows}
-            run = functools.partial(jax.jit(function), *op.inputs)
+            run = functools.partial(jax.jit(function), *inputs)
             work = dict(flops=op.flops * times, moved=op.moved * times)
             measure = lambda run=run, w=work: rate(seconds(run), peaks, **w)  # noqa: E731
             found.append(attempt(row | {"pass": label}, measure))

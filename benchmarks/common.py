@@ -115,21 +115,54 @@ def random_params(init: Callable[[jax.Array], Any], seed: int = 0) -> Any:
     return jax.jit(make)(jax.random.key(seed, impl="rbg"))
 
 
+def drawn(draw: Callable) -> tuple[jax.Array, ...]:
+    """draw(normal) in one program, with normal(i, *shape, dtype=) the i-th array.
+
+    The key is an argument and of the kind that compiles fast.
+    """
+
+    def run(key):
+        def normal(i, *shape, dtype=jnp.float32):
+            return jax.random.normal(jax.random.fold_in(key, i), shape).astype(dtype)
+
+        return tuple(draw(normal))
+
+    return jax.jit(run)(jax.random.key(0, impl="rbg"))
+
+
+def filled(shapes: Any) -> Any:
+    """Arrays of these shapes with small numbers in them, none of them zero: a model's weights
+    where compiling its init would take longer than what is measured."""
+
+    def one(x):
+        shape = x.shape or (1,)
+        place = sum(jax.lax.broadcasted_iota(jnp.float32, shape, i) for i in range(len(shape)))
+        return 0.02 * jnp.sin(1.0 + place).reshape(x.shape)
+
+    return jax.jit(lambda: jax.tree.map(lambda x: one(x).astype(x.dtype), shapes))()
+
+
 def random_batch(spec: Mapping[str, jax.ShapeDtypeStruct], vocabulary: int, seed: int = 0) -> dict:
-    """A batch of UniFluid's shapes: random pictures, moments and text, three quarters full."""
+    """A batch of these shapes: random pictures, moments and text, texts three quarters full."""
     rng, batch = np.random.default_rng(seed), {}
     for key, shape in spec.items():
         if shape.dtype == jnp.uint8:
             batch[key] = rng.integers(0, 256, shape.shape, dtype=np.uint8)
-        elif key.endswith("moments"):
-            batch[key] = rng.normal(size=shape.shape).astype(np.float32)
-            batch[key][..., shape.shape[-1] // 2 :] -= 4.0  # log variance
+        elif jnp.issubdtype(shape.dtype, jnp.floating):
+            batch[key] = rng.normal(size=shape.shape).astype(shape.dtype)
+            if key.endswith("moments"):
+                batch[key][..., shape.shape[-1] // 2 :] -= 4.0  # log variance
         else:
             batch[key] = rng.integers(4, vocabulary, shape.shape, dtype=np.int32)
-    batch["gen_length"][:] = max(batch["gen_tokens"].shape[1] * 3 // 4, 1)
-    width = batch["und_tokens"].shape[1]
-    batch["und_prefix"][:], batch["und_length"][:] = max(width // 4, 2), width * 3 // 4
-    rows = len(batch["gen_length"]) + len(batch["und_length"])
+    for kind in ("gen", "und"):
+        if f"{kind}_tokens" in batch:
+            width = batch[f"{kind}_tokens"].shape[1]
+            for key in (f"{kind}_length", f"{kind}_text_length"):
+                if key in batch:
+                    batch[key][:] = max(width * 3 // 4, 1)
+    if "und_prefix" in batch:
+        batch["und_prefix"][:] = max(batch["und_tokens"].shape[1] // 4, 2)
+    rows = sum(len(batch[key]) for key in ("gen_length", "und_length") if key in batch)
     return jax.tree.map(jnp.asarray, batch | {"example": np.arange(rows, dtype=np.int32)})
 
 

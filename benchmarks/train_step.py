@@ -23,7 +23,7 @@ class Step:
             parts = plan(model, objective, config, self.mesh)
             step = build_train_step(model, objective, parts, config)
             self.state, self.frozen = create(parts, key_for(config, INIT), {})
-            batch = common.random_batch(model.batches["image_text"], config.model.vocab_size)
+            batch = common.random_batch(next(iter(model.batches.values())), config.model.vocab_size)
             batch.pop("example")  # the step adds it
             self.batch = global_batch(batch, self.mesh)
             self.flops = count_flops(step, self.state, self.frozen, self.batch)

@@ -89,7 +89,7 @@ def measure(config, name: str) -> dict[str, Any]:
 
     config, topology, mesh = _prepare(config, name)
     built = _build(config, mesh)
-    model_flops = _model_flops(config, mesh)
+    counted = model_flops(config, mesh)
     with scope(mesh):
         traced = built.step.trace(*built.args)
         executed = flops.jaxpr_flops(traced.jaxpr.jaxpr)
@@ -103,7 +103,7 @@ def measure(config, name: str) -> dict[str, Any]:
         topology=name,
         devices=topology.count,
         hbm_bytes=topology.chip.hbm,
-        flops_per_step=model_flops,
+        flops_per_step=counted,
         compile_seconds=round(seconds, 2),
         batch_bytes=built.batch_bytes,
         sampler=sampler,
@@ -198,7 +198,7 @@ def _build(config, mesh) -> Built:
     return Built(model, plan, step, (plan.state, plan.frozen, batch), batch_bytes)
 
 
-def _model_flops(config, mesh) -> int:
+def model_flops(config, mesh) -> int:
     """FLOPs without recomputation: the same step traced with remat off."""
     from eval.flops import jaxpr_flops
     from training.sharding import scope

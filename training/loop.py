@@ -169,7 +169,8 @@ class _Loop:
         """A step that compiles; its time is not training time."""
         begin = time.perf_counter()
         self._flush()
-        self.buckets[shapes] = self._flops(batch)
+        with jax.transfer_guard("allow"):  # building a model may put constants on the device
+            self.buckets[shapes] = self._flops(batch)
         self.state, values = self.jitted(self.state, self.frozen, batch)
         self.pending = (self.done + 1, jax.block_until_ready(values))
         seconds = time.perf_counter() - begin

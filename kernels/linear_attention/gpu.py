@@ -125,7 +125,7 @@ def _sweep(name, options: Options, x, y, weight, gamma, C, reverse=False):
 
 
 def _product(name, options: Options, kind, x, y, z, M, rows, vector=None, partner=None):
-    """(out [bh, T, D2], side [bh, c, 128]) of gpu_kernels.product; `kind`: what it is used for."""
+    """(out [bh, T, D2], side [bh, c, 2, 128]) of gpu_kernels.product; `kind`: its use."""
     product = _kind(options, *kind)
     heads, chunks, tokens = M.shape[0], M.shape[1], x.shape[1]
     inner, outer = x.shape[-1], z.shape[-1]
@@ -137,7 +137,7 @@ def _product(name, options: Options, kind, x, y, z, M, rows, vector=None, partne
         gpu_kernels.blocks(),
         plgpu.SMEM((ROWS, BLOCK), jnp.float32),
         plgpu.SMEM(vector.shape[2:], jnp.float32),
-        plgpu.SMEM((BLOCK,), jnp.float32),
+        plgpu.SMEM((2, BLOCK), jnp.float32),
         plgpu.Barrier(num_barriers=SLOTS),
         plgpu.Barrier(num_arrivals=USERS, num_barriers=SLOTS),
         plgpu.Barrier(num_arrivals=2 if product.vector or product.normalise else 1),
@@ -145,7 +145,7 @@ def _product(name, options: Options, kind, x, y, z, M, rows, vector=None, partne
     body = functools.partial(gpu_kernels.product, product, (inner, outer))
     out = [
         jax.ShapeDtypeStruct((heads, tokens, outer), z.dtype),
-        jax.ShapeDtypeStruct((heads, chunks, BLOCK), jnp.float32),
+        jax.ShapeDtypeStruct((heads, chunks, 2, BLOCK), jnp.float32),
     ]
     call = _kernel(name, body, (heads, chunks), ("head", "chunk"), out, shared, options)
     return call(x, y, z, M, rows, vector, partner)
@@ -203,7 +203,7 @@ def _run(options, q, k, v, i, log_f, state, documents):
     named = dict(ALONG_X=found.r, ALONG_Y=found.c, DOCUMENT=numbers, INTER=w, BOUND=found.bound)
     kind = ("normalise",)
     h, den = _product("h", options, kind, q, k, v, Cs, _rows(**named, **_fine(found)), ns)
-    return (blocks.split(h, rows), State(*blocks.split((C, n), rows), m)), den
+    return (blocks.split(h, rows), State(*blocks.split((C, n), rows), m)), den[:, :, 0]
 
 
 def _fine(found: gates.Rows, sign=1.0):
@@ -216,18 +216,17 @@ def _fine(found: gates.Rows, sign=1.0):
 def _forward(options, q, k, v, i, log_f, state, documents):
     (h, last), den = _run(options, q, k, v, i, log_f, state, documents)
     kept = (h, den) if options.normalised else (None, None)
-    return (h, last), (q, k, v, i, log_f, state, documents, *kept, last[:2])
+    return (h, last), (q, k, v, i, log_f, state, documents, *kept)
 
 
 def _backward(options, residuals, cotangents):
-    q, k, v, i, log_f, state, documents, h, den, last = residuals
+    q, k, v, i, log_f, state, documents, h, den = residuals
     dh, (dC, dn, _) = cotangents
     batch, given, dm = v.shape[0], (q, k), jax.tree.map(jnp.zeros_like, state.m)
     found, numbers, _ = blocks.gate_rows(i, log_f, documents, state.m, BLOCK)
     w = options.scale * found.w
     of_h, of_den, bias = w, None, None  # weights of the memory's part of h and den
     named = dict(DOCUMENT=numbers)
-    into_last = (last[0] * dC).sum((-2, -1))
     if options.normalised:
         bound = jnp.maximum(jnp.abs(den), found.bound) + options.eps
         bias = jnp.zeros_like(den)
@@ -235,7 +234,6 @@ def _backward(options, residuals, cotangents):
             bias = gates.den_gradient(dh, h, den, bound, found.bound)
         of_h, of_den = w / bound, w * bias
         named |= dict(GAIN=1.0 / bound, BIAS=bias)
-        into_last += (last[1] * dn).sum(-1)
     q, k, v, dh, C, n, dC, dn = map(blocks.merge, (q, k, v, dh, state.C, state.n, dC, dn))
     dh = dh.astype(v.dtype)
     Cs, _ = _sweep("C", options, k, v, found.u, found.gamma, C)
@@ -253,29 +251,25 @@ def _backward(options, residuals, cotangents):
     kind = ("gain", "later", "bias", "transposed", "vector", "partner")
     dk, di = _product("dk", options, kind, v, dh, q, dCs, rows, dns, k)
     dv, _ = _product("dv", options, ("gain", "later"), k, q, dh, dCs, rows)
-    flow = (along_q - di).reshape(log_f.shape)
+    out, entering = along_q.sum(2) - di[:, :, 1], di[:, :, 0]
     if options.official_backward:  # one sum over the whole row, nothing from the last state
+        flow = (out - entering).reshape(log_f.shape)
         dlog_f = jnp.cumsum(flow[..., ::-1], axis=-1)[..., ::-1]
     else:
-        dlog_f = _to_end(flow, documents, into_last)
+        kept = _inner(Cs, dCs) + (_inner(ns, dns) if options.normalised else 0.0)
+        dlog_f = gates.of_decays(found.gamma * kept, out, entering).reshape(log_f.shape)
     if i is None:
         dlog_f = gates.of_visible_decays(dlog_f, log_f)
     dq, dk = (blocks.sum_groups(x, like) for x, like in zip((dq, dk), given))
     dv, dC, dn = blocks.split((dv, dC, dn), batch)
-    di = None if i is None else di.reshape(flow.shape)
+    di = None if i is None else di.sum(2).reshape(log_f.shape)
     return dq, dk, dv, di, dlog_f, State(dC, dn, dm), None
 
 
-def _to_end(flow, documents, into_last):
-    """Sum over the tokens from each to the end of its document, and what the last state adds."""
-    numbers = jnp.broadcast_to(documents[:, None], flow.shape)
-    flow = flow.at[..., -1].add(into_last)
-
-    def later(first, second):
-        (n1, x1), (n2, x2) = first, second
-        return n2, jnp.where(n1 == n2, x1 + x2, x2)
-
-    return jax.lax.associative_scan(later, (numbers, flow), axis=2, reverse=True)[1]
+def _inner(x, y) -> Float[Array, "bh c"]:
+    """<x, y> of each chunk's states."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return (x * y).sum(tuple(range(2, x.ndim)))
 
 
 _chunkwise.defvjp(_forward, _backward)

@@ -58,7 +58,7 @@ class Product(NamedTuple):
     transposed: bool  # M is stored the other way round
     vector: bool  # + VECTOR * vector
     normalise: bool  # divide by max(|den|, BOUND) + eps
-    partner: bool  # also sum out * partner over each row
+    partner: bool  # also sum both parts of out times partner over each row
     fine: bool  # exponents have a second part
     packed: bool  # documents end inside chunks
     interpret: bool  # the interpreter multiplies at once and knows no wgmma_wait
@@ -121,7 +121,7 @@ class _Ring:
 def product(options: Product, widths, x, y, z, M, rows, vector, partner, out, side, scratch):
     """One chunk of one head; grid (heads, chunks). Arrays [heads, T, D], or of as many heads as
     there are groups, M [heads, chunks, ., .], rows [heads, chunks, 8, 128], vector [heads, chunks,
-    1, D] if it is used, side [heads, chunks, 128]."""
+    1, D] if it is used, side [heads, chunks, 2, 128]."""
     slots, scores, staged, row_block, row_vector, row_side, full, empty, ready = scratch
     head, chunk, user = lax.axis_index("head"), lax.axis_index("chunk"), lax.axis_index("user")
     inner, outer = (w // BLOCK for w in widths)
@@ -143,9 +143,9 @@ def product(options: Product, widths, x, y, z, M, rows, vector, partner, out, si
                 yield chunk_of(x, i)
                 at = (columns(j), columns(i)) if options.transposed else (columns(i), columns(j))
                 yield M.at[head, chunk, *at]
-            yield chunk_of(z, j)
             if options.partner:
                 yield chunk_of(partner, j)
+            yield chunk_of(z, j)
 
     @pl.when(user == USERS)
     def _():
@@ -222,35 +222,43 @@ def product(options: Product, widths, x, y, z, M, rows, vector, partner, out, si
         if options.normalise:
             den = per_row(INTER) * from_state + s.sum(1)
             inverse = 1.0 / (jnp.maximum(jnp.abs(den), per_row(BOUND)) + options.eps)
-            row_side.at[mine][...] = den
-        dots = zeros
+            row_side.at[0, mine][...] = den
+        dots = [zeros, zeros]  # of the memory's part, of the scores' part
         for j in range(outer):
             tile, _ = times(options.transposed)
             tile = tile * _spread(per_row(INTER), 0)
             if options.vector:
                 n = plgpu.load(row_vector.at[0, columns(j)], layout=_COLUMN)
                 tile = tile + _spread(per_row(VECTOR), 0) * _spread(n, 1)
-            slot = ring.take()
 
-            tile = tile + _matmul(scores.at[mine], slots.at[slot])
+            def add_dots(part, tile, slot):
+                other = plgpu.load(slots.at[slot, mine], layout=_TILE).astype(jnp.float32)
+                dots[part] += (tile * other).sum(1)
+
+            if options.partner:
+                partner_slot = ring.take()
+                add_dots(0, tile, partner_slot)
+            slot = ring.take()
+            more = _matmul(scores.at[mine], slots.at[slot])
             ring.release((slot,))
+            if options.partner:
+                add_dots(1, more, partner_slot)
+                ring.release((partner_slot,))
+            tile = tile + more
             if options.normalise:
                 tile = tile * _spread(inverse, 0)
-            if options.partner:
-                slot = ring.take()
-                other = plgpu.load(slots.at[slot, mine], layout=_TILE).astype(jnp.float32)
-                dots = dots + (tile * other).sum(1)
-                ring.release((slot,))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             staged.at[mine][...] = tile.astype(staged.dtype)
             plgpu.commit_smem()
             where = (head, pl.ds(chunk * BLOCK + first, HALF), columns(j))
             plgpu.copy_smem_to_gmem(staged.at[mine], out.at[where])
         if options.partner:
-            row_side.at[mine][...] = dots
+            for part, sums in enumerate(dots):
+                row_side.at[part, mine][...] = sums
         if options.partner or options.normalise:
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(row_side.at[mine], side.at[head, chunk, mine])
+            for part in range(2 if options.partner else 1):
+                plgpu.copy_smem_to_gmem(row_side.at[part, mine], side.at[head, chunk, part, mine])
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -204,19 +204,19 @@ def _backward(options, residuals, cotangents):
     dh, h = jax.tree.map(lambda x: _cut(x.astype(wide), options.chunk), group((dh, h), groups))
 
     def body(carry, inputs):
-        dC, dn, after = carry  # of and at the chunk's outgoing state
         chunk, state, h, dh = inputs
-        grads, flow = _chunk_gradients(options.form, chunk, *state, h, dh, dC, dn)
-        *tokens, dC_before, dn_before = grads
-        if not official:
-            into_next = (after[0] * dC).sum((-2, -1))
-            into_next += 0.0 if dn is None else (after[1] * dn).sum(-1)
-            flow = jnp.cumsum(flow[..., ::-1], axis=-1)[..., ::-1] + into_next[..., None]
-        return (dC_before, dn_before, state), (*tokens, flow[..., None])
+        grads, out, entering = _chunk_gradients(options.form, chunk, *state, h, dh, *carry)
+        *tokens, dC, dn = grads
+        if official:
+            flow = out - entering
+        else:
+            kept = (state[0] * carry[0]).sum((-2, -1))
+            kept += 0.0 if carry[1] is None else (state[1] * carry[1]).sum(-1)
+            flow = gates_lib.of_decays(chunk.gates.gamma * kept, out, entering)
+        return (dC, dn), (*tokens, flow[..., None])
 
-    ends = jax.tree.map(lambda x: x.astype(wide), (dC, dn)), last[:2]
-    (dC, dn), last = group(ends, groups)
-    (dC, dn, _), stacked = jax.lax.scan(body, (dC, dn, last), (chunks, before, h, dh), reverse=True)
+    ends = group(jax.tree.map(lambda x: x.astype(wide), (dC, dn)), groups)
+    (dC, dn), stacked = jax.lax.scan(body, ends, (chunks, before, h, dh), reverse=True)
     dq, dk, dv, di, dlog_f = (_join(x, q.shape[2]) for x in stacked)
     dq, dk, dv = (d.reshape(x.shape).astype(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))
     di, dlog_f = (x.reshape(log_f.shape) for x in (di, dlog_f))
@@ -229,7 +229,11 @@ def _backward(options, residuals, cotangents):
 
 
 def _chunk_gradients(form, chunk, C, n, h, dh, dC, dn):
-    """((dq, dk, dv, di, dC, dn before), <q, dq> - <k, dk> per token) of one chunk."""
+    """((dq, dk, dv, di, dC, dn before), out, entering) of one chunk.
+
+    out: <q, dq> per token, less the part of <k, dk> by later tokens of the chunk; entering: the
+    part by the state after it.
+    """
     gates, scores = chunk.gates, _scores(form, chunk, n)
     wide, (q, k, v) = dh.dtype, chunk[:3]
     w, u = form.scale * gates.w[..., None], gates.u[..., None]
@@ -250,19 +254,19 @@ def _chunk_gradients(form, chunk, C, n, h, dh, dC, dn):
         # decays there is little else.
         own = jnp.diagonal(P, axis1=-2, axis2=-1)[..., None]
         P = jnp.where(jnp.eye(P.shape[-1], dtype=bool), 0.0, P)
-    dq = dot("bgrts,bgsk->bgrtk", P, k) + w * from_C
-    dk = dot("bgrts,bgtk->bgrsk", P, q) + u * from_dC
+    from_C, from_dC = w * from_C, u * from_dC
+    dq, dk = dot("bgrts,bgsk->bgrtk", P, k) + from_C, dot("bgrts,bgtk->bgrsk", P, q)
     dv = dot("bgrts,bgrtv->bgrsv", scores.S, narrow) + u * dot("bgsk,bgrkv->bgrsv", k, dC)
     q, k = (x[:, :, None].astype(wide) for x in (q, k))
-    di = (k * dk).sum(-1)
-    flow = (q * dq).sum(-1) - di
+    within, entering = (k * dk).sum(-1), (k * from_dC).sum(-1)
+    out, di, dk = (q * dq).sum(-1) - within, within + entering, dk + from_dC
     if n is None:
         dq, dk = dq + own * k, dk + own * q
     wq = w * q
     dC = gates.gamma[..., None, None] * dC + dot("bgrtk,bgrtv->bgrkv", wq, narrow)
     if n is not None:
         dn = gates.gamma[..., None] * dn + jnp.einsum("bgrtk,bgrt->bgrk", wq, dden)
-    return (dq.sum(2), dk.sum(2), dv, di[..., None], dC, dn), flow
+    return (dq.sum(2), dk.sum(2), dv, di[..., None], dC, dn), out, entering
 
 
 _chunkwise.defvjp(_forward, _backward)
