@@ -28,6 +28,7 @@ KINDS = {
     "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p",
     "TPU v6 lite": "v6e", "TPU v6e": "v6e", "NVIDIA H100 80GB HBM3": "h100",
 }  # fmt: skip
+HBM = {"NVIDIA H200": 4.8e12}  # bytes a second of devices that no dry run knows
 ROUNDS = 5
 
 
@@ -35,6 +36,8 @@ def vendor_peaks() -> dict[str, float]:
     """{"flops", "bytes"} a second of one device as published; empty where unknown."""
     kind = jax.devices()[0].device_kind
     peaks = {"flops": PEAK_FLOPS[kind]} if kind in PEAK_FLOPS else {}
+    if kind in HBM:
+        peaks["bytes"] = HBM[kind]
     if kind in KINDS:
         peaks |= {"flops": CHIPS[KINDS[kind]].peak, "bytes": CHIPS[KINDS[kind]].hbm_rate}
     return peaks

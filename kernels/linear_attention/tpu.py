@@ -338,20 +338,19 @@ def _backward(options, residuals, cotangents):
         [plan.keys(d_query), plan.keys(d_key), plan.values(v), plan.rows(), state_specs],
     )
     flow = blocks.split(flow, batch)
-    di = flow[:, :, :, 1]
-    dlog_f = flow[:, :, :, 0] - di
+    out, entering, kept, last_row = (flow[:, :, :, row] for row in range(4))
     if options.official_backward:  # one sum over the whole row, nothing from the last state
-        dlog_f = dlog_f.reshape(*flow.shape[:2], -1)
-    dlog_f = jnp.cumsum(dlog_f[..., ::-1], axis=-1)[..., ::-1]
-    if not options.official_backward:
-        dlog_f += flow[:, :, :, 2]
+        flow = (out - entering).reshape(*flow.shape[:2], -1)
+        dlog_f = jnp.cumsum(flow[..., ::-1], axis=-1)[..., ::-1]
+    else:
+        dlog_f = gates.of_decays(kept[..., 0], out, entering)
     if i is None:
         dlog_f = gates.of_visible_decays(dlog_f.reshape(log_f.shape), log_f)
     dq, dk = (blocks.sum_groups(x, like) for x, like in zip((dq, dk), given))
-    di, dlog_f = (x.reshape(log_f.shape) for x in (di, dlog_f))
+    di, dlog_f = (x.reshape(log_f.shape) for x in (last_row, dlog_f))
     dm = None if state.m is None else jnp.zeros_like(state.m)
     d_first, dv = _unpair(pair, pack, batch, dm), _unflat(dv, pack, batch, heads)
-    d_gain = None if gain is None else flow[:, :, :, 3].reshape(gain.shape)
+    d_gain = None if gain is None else last_row.reshape(gain.shape)
     return dq, dk, dv, None if i is None else di, dlog_f, d_first, None, d_gain
 
 

@@ -105,7 +105,7 @@ def states(options, k_ref, v_ref, rows_ref, first, before, state):
 def backward(options, q_ref, k_ref, v_ref, dh_ref, rows_ref, before, last,
              dq_ref, dk_ref, dv_ref, flow_ref, gradient):  # fmt: skip
     """Gradients of the chunk's q, k, v and of the state before it, from those of h and of the
-    state after it; `flow` rows: <q, dq>, <k, dk>, <C', dC'> + <n', dn'> of the outgoing state."""
+    state after it; `flow` rows: out, entering and kept of gates.of_decays, <k, dk>."""
     start(last, gradient)
     wide = jnp.float32
     q, k, v, rows = q_ref[...], k_ref[...], v_ref[...], rows_ref[...]
@@ -131,20 +131,20 @@ def backward(options, q_ref, k_ref, v_ref, dh_ref, rows_ref, before, last,
     if not options.normalised:
         own, P = _diagonal(P)
     dq = dot(P, k, (1, 0)) + w * from_state
-    dk = dot(P, q, (0, 0)) + from_next
+    dk = dot(P, q, (0, 0))
     dv = dot(S, dnum, (0, 0)) + u * dot(k, dC_narrow, (1, 0))
     dv_ref[...] = dv.astype(dv_ref.dtype)
     q, k = q.astype(wide), k.astype(wide)
-    # <C', dC'> + <n', dn'> of the outgoing state, without it: what came from the state before
-    # (`carried`) and what this chunk's tokens wrote.
-    written = (k * from_next).sum((0, 1), keepdims=True)
-    sums = [(q * dq).sum(1, keepdims=True), (k * dk).sum(1, keepdims=True)]
+    within, entering = ((k * x).sum(1, keepdims=True) for x in (dk, from_next))
+    out, dk = (q * dq).sum(1, keepdims=True) - within, dk + from_next
     if not options.normalised:
         dq, dk = dq + own * k, dk + own * q
     dq_ref[...], dk_ref[...] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype)
-    into_next = jnp.broadcast_to(gamma * carried + written, sums[0].shape)
+    kept = jnp.broadcast_to(gamma * carried, out.shape)
     lane = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], SUBLANES), 1)
-    flow = jnp.where(lane == 0, sums[0], jnp.where(lane == 1, sums[1], into_next))
+    flow = within + entering
+    for index, values in enumerate((out, entering, kept)):
+        flow = jnp.where(lane == index, values, flow)
     flow_ref[...] = flow.T
     wq = w * q
     dC_ref, dn_ref = gradient

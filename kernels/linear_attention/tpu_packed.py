@@ -150,9 +150,8 @@ def backward(options, q_ref, k_ref, v_ref, dh_ref, rows_ref, before, last,
         along_q = (pairs * row(GAIN)).sum(1, keepdims=True) + _head_sum(from_state, j, pack)
         columns_out = jnp.where(lane == 0, along_q, _head_sum(from_next, j, pack)).T
         along_q, next_ = columns_out[0:1], columns_out[1:2]
-        written = row(WRITE) * next_
-        into_next = _head_sum(carried, j, pack) + written.sum(1, keepdims=True)
-        found = (along_q, written + along_k * row(GAIN), into_next, row(U) * next_ + along_k + own)
+        out, kept = along_q - along_k * row(GAIN), _head_sum(carried, j, pack)
+        found = (out, row(WRITE) * next_, kept, row(U) * next_ + along_k + own)
         sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, q.shape[0]), 0)
         flow = jnp.zeros(sublane.shape, wide)
         for index, values in enumerate(found):

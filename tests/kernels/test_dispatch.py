@@ -70,6 +70,7 @@ def test_auto_takes_a_gpu_kernel_only_where_it_was_measured(op, monkeypatch):
         with on(kind):
             return "run_scoped" in str(jax.make_jaxpr(run)(*inputs))
 
+    monkeypatch.setattr(dispatch, "MEASURED", {})
     assert not takes_a_kernel(H100)
     monkeypatch.setattr(dispatch, "MEASURED", {op: {H100: "a file"}})
     assert takes_a_kernel(H100)
