@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels import dispatch
 from kernels.attention.mask import MASKED, MaskSpec
 
 # Up to this many scores per head and row ([T, S]) are one block.
-PLAIN_LIMIT = 1024 * 1024
+PLAIN_LIMIT, PLAIN_LIMIT_CPU = 1024 * 1024, 640 * 640
 # Queries and keys of a block; where the mask is a staircase smaller blocks of keys skip more.
 ROWS, COLUMNS, COLUMNS_OF_SCALES, COLUMNS_IN_WINDOW = 256, 1024, 512, 256
+# A CPU's blocks stay in its cache: all heads' scores of one are this many bytes if they can.
+ROWS_CPU, COLUMNS_CPU, CACHE = 128, (256, 128), 2 * 2**20
 
 
 class Tiles(NamedTuple):
@@ -45,8 +48,9 @@ def attention(
     """The reference's function; chunk: queries and keys of a block, None chooses."""
     queries, keys = q.shape[1], k.shape[1]
     if chunk is None:
-        whole = queries == 1 or queries * keys <= PLAIN_LIMIT
-        rows, columns = min(ROWS, queries), min(_columns(mask), keys)
+        rows, columns, limit = _sizes(q, mask)
+        whole = queries == 1 or queries * keys <= limit
+        rows, columns = min(rows, queries), min(columns, keys)
     else:
         whole = chunk >= max(queries, keys)
         rows, columns = min(chunk, queries), min(chunk, keys)
@@ -56,10 +60,16 @@ def attention(
     return _tiled(q, k, v, mask, Tiles(rows, columns, queries, keys, scale, softcap))
 
 
-def _columns(mask):
+def _sizes(q, mask) -> tuple[int, int, int]:
+    """(queries of a block, its keys, scores that are still one block)."""
+    if dispatch.platform() == "cpu":
+        wide, narrow = COLUMNS_CPU
+        scores = q.shape[0] * q.shape[2] * ROWS_CPU * wide * 4
+        return ROWS_CPU, wide if scores <= CACHE else narrow, PLAIN_LIMIT_CPU
+    columns = COLUMNS_OF_SCALES if mask is not None and mask.scales else COLUMNS
     if mask is not None and mask.window is not None:
-        return COLUMNS_IN_WINDOW
-    return COLUMNS_OF_SCALES if mask is not None and mask.scales else COLUMNS
+        columns = COLUMNS_IN_WINDOW
+    return ROWS, columns, PLAIN_LIMIT
 
 
 def _block(q, k, v, mask, *, scale, softcap):
@@ -117,18 +127,18 @@ def _forward(q, k, v, mask, tiles):
     )
 
     def body(carry, pair):
-        i, j = pair[0] * tiles.rows, pair[1] * tiles.columns
-        own = functools.partial(_cut, start=i, size=tiles.rows)
+        at = i, j = pair[0] * tiles.rows, pair[1] * tiles.columns
+        own = lambda x, axis=-2: _merge(_cut(x, i, tiles.rows, axis))  # noqa: E731
         keys = functools.partial(_cut, start=j, size=tiles.columns)
-        scores, _ = _scores(own(q), keys(k), mask, tiles, i, j)
-        top, total, sums = own(carry[0], axis=-1), own(carry[1], axis=-1), own(carry[2])
+        scores = _dot("bgxd,bgkd->bgxk", own(q), keys(k)) * tiles.scale
+        scores, _ = _masked(scores, mask, tiles, at, 2)
+        top, total, sums = own(carry[0], -1), own(carry[1], -1), own(carry[2])
         higher = jnp.maximum(top, scores.max(-1))
         weights, kept = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
         total = kept * total + weights.sum(-1)
-        added = _dot("bgrqk,bgkv->bgrqv", weights.astype(v.dtype), keys(v))
-        sums = kept[..., None] * sums + added
-        new = (higher, total, sums)
-        return tuple(_put(x, y, i, a) for x, y, a in zip(carry, new, (-1, -1, -2))), None
+        added = _dot("bgxk,bgkv->bgxv", weights.astype(v.dtype), keys(v))
+        new = zip(carry, (higher, total, kept[..., None] * sums + added), (-1, -1, -2))
+        return tuple(_put(x, y, i, tiles.rows, axis) for x, y, axis in new), None
 
     (top, total, sums), _ = jax.lax.scan(body, start, _pairs(mask, tiles))
     return (sums / total[..., None]).astype(v.dtype), top, total
@@ -140,29 +150,36 @@ def _flash_forward(q, k, v, mask, tiles):
 
 
 def _flash_backward(tiles, kept, d_out):
-    """One pass over the same blocks; sums in float32."""
+    """One pass over the same blocks; sums in float32.
+
+    Keys come first in a block: of its three products only dq's needs the transposed scores.
+    """
     q, k, v, mask, out, top, total = kept
     wide = top.dtype
     mean = (out.astype(wide) * d_out.astype(wide)).sum(-1)  # of the weights' gradient
     share = 1 / total
+    # Where a query sees nothing it averages over all keys, and no score has a gradient.
+    scale = jnp.where(top > MASKED / 2, tiles.scale, 0.0)
     start = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))
 
     def body(carry, pair):
-        i, j = pair[0] * tiles.rows, pair[1] * tiles.columns
-        own = functools.partial(_cut, start=i, size=tiles.rows)
+        at = i, j = pair[0] * tiles.rows, pair[1] * tiles.columns
+        own = lambda x: _merge(_cut(x, i, tiles.rows))  # noqa: E731
+        row = lambda x: _merge(_cut(x, i, tiles.rows, -1))[:, :, None]  # noqa: E731
         keys = functools.partial(_cut, start=j, size=tiles.columns)
         qi, kj, vj, d = own(q), keys(k), keys(v), own(d_out)
-        scores, slope = _scores(qi, kj, mask, tiles, i, j)
-        weights = jnp.exp(scores - own(top, axis=-1)[..., None])
-        weights *= own(share, axis=-1)[..., None]
-        d_v = _dot("bgrqk,bgrqv->bgkv", weights.astype(v.dtype), d)
-        d_weights = _dot("bgrqv,bgkv->bgrqk", d, vj)
-        d_scores = weights * (d_weights - own(mean, axis=-1)[..., None]) * slope * tiles.scale
-        d_scores = d_scores.astype(q.dtype)
-        d_q = _dot("bgrqk,bgkd->bgrqd", d_scores, kj)
-        d_k = _dot("bgrqk,bgrqd->bgkd", d_scores, qi)
-        added = ((d_q, own, i), (d_k, keys, j), (d_v, keys, j))
-        return tuple(_put(x, cut(x) + y, at) for x, (y, cut, at) in zip(carry, added)), None
+        scores = _dot("bgkd,bgxd->bgkx", kj, qi) * tiles.scale
+        scores, slope = _masked(scores, mask, tiles, at, 3)
+        weights = jnp.exp(scores - row(top)) * row(share)
+        d_v = _dot("bgkx,bgxv->bgkv", weights.astype(v.dtype), d)
+        d_weights = _dot("bgkv,bgxv->bgkx", vj, d)
+        d_scores = weights * (d_weights - row(mean)) * row(scale)
+        d_scores = (d_scores if slope is None else d_scores * slope).astype(q.dtype)
+        d_q = own(carry[0]) + _dot("bgkx,bgkd->bgxd", d_scores, kj)
+        d_k = keys(carry[1]) + _dot("bgkx,bgxd->bgkd", d_scores, qi)
+        d_v += keys(carry[2])
+        d_k, d_v = (_put(x, y, j, tiles.columns) for x, y in zip(carry[1:], (d_k, d_v)))
+        return (_put(carry[0], d_q, i, tiles.rows), d_k, d_v), None
 
     grads, _ = jax.lax.scan(body, start, _pairs(mask, tiles))
     return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v))), None
@@ -171,19 +188,25 @@ def _flash_backward(tiles, kept, d_out):
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def _scores(q, k, mask, tiles, i, j):
-    """(masked scores of a block [B, G, R, rows, columns], their slope in scale q kᵀ)."""
-    scores = _dot("bgrqd,bgkd->bgrqk", q, k) * tiles.scale
-    slope = jnp.ones((), scores.dtype)
+def _masked(scores, mask, tiles, at, rows_axis: int):
+    """(capped and masked scores of a block, their slope in scale q kᵀ or None without a cap).
+
+    scores: 4 axes, of them `rows_axis` (2 or 3) the heads of a group times the block's queries, the
+    other one its keys.
+    """
+    slope = None
     if tiles.softcap:
         bent = jnp.tanh(scores / tiles.softcap)
         scores, slope = tiles.softcap * bent, 1 - bent * bent
-    visible = mask.block((i, tiles.rows), (j, tiles.columns))
-    visible = visible.dense(tiles.rows, tiles.columns)[:, None, None]
-    scores, slope = jnp.where(visible, scores, MASKED), jnp.where(visible, slope, 0.0)
+    (i, j), shape = at, scores.shape
+    visible = mask.block((i, tiles.rows), (j, tiles.columns)).dense(tiles.rows, tiles.columns)
+    visible = visible if rows_axis == 2 else jnp.swapaxes(visible, -1, -2)
+    visible = jnp.expand_dims(visible[:, None], rows_axis)  # all heads see the same
+    cut = scores.reshape(*shape[:rows_axis], -1, tiles.rows, *shape[rows_axis + 1 :])
+    scores = jnp.where(visible, cut, MASKED).reshape(shape)
     if tiles.keys % tiles.columns:  # keys of the padding do not even count in an average
         real = j + jnp.arange(tiles.columns) < tiles.keys
-        scores = jnp.where(real, scores, -jnp.inf)
+        scores = jnp.where(real if rows_axis == 2 else real[:, None], scores, -jnp.inf)
     return scores, slope
 
 
@@ -200,5 +223,12 @@ def _cut(x, start, size, axis=-2):
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis % x.ndim)
 
 
-def _put(x, part, start, axis=-2):
+def _merge(x):
+    """The heads of a group and the queries of a block as one axis, so that products over both need
+    no transposed copy."""
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _put(x, part, start, size, axis=-2):
+    part = part.reshape(*x.shape[: axis % x.ndim], size, *x.shape[axis % x.ndim + 1 :])
     return jax.lax.dynamic_update_slice_in_dim(x, part, start, axis % x.ndim)
