@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import (
     accelerator,
+    accelerator_models,
     common,
     cross_entropy,
     gpu_static,
@@ -120,6 +121,45 @@ def test_quick_accelerator_section_and_its_file(tmp_path, capsys):
     assert rows["sample_bits", "sample bits xla"]["seconds"] > 0
     assert result["machine"]["devices"] >= 1
     assert "check_cross_entropy" in capsys.readouterr().out
+
+
+def test_sections_not_asked_for_keep_their_rows(tmp_path):
+    """Of such a device only; in the order of the sections."""
+    out = tmp_path / "result.json"
+    assert accelerator.main(["--quick", "--sections", "check_sample_bits", f"--out={out}"]) == 0
+    both = ["check_sample_bits", "device"]
+    assert accelerator.earlier(str(out), ["check_sample_bits"]) == []
+    accelerator.main(["--quick", "--sections", "device", f"--out={out}"])
+    sections = [row["section"] for row in json.loads(out.read_text())["rows"]]
+    assert sections == sorted(sections, reverse=True) and set(sections) == set(both)
+    other = json.loads(out.read_text())
+    other["machine"]["device"] = "another"
+    out.write_text(json.dumps(other))
+    assert accelerator.earlier(str(out), []) == []
+
+
+def test_quick_sections_of_whole_models():
+    """Both language models behind a long text, and Infinity: what a GPU's minutes would pay for."""
+    peaks = {"flops": 1e12, "bytes": 1e11}
+    decoded = accelerator.SECTIONS["long_decode"](True, peaks)
+    assert [row["rows"] for row in decoded[:2]] == [4, 4] and decoded[2]["ratio"] > 0
+    drawn, trained = accelerator.SECTIONS["infinity"](True, peaks)
+    assert drawn["seconds_per_image"] > 0 and trained["examples_per_s"] > 0
+
+
+def test_long_decode_halves_its_rows_until_they_fit(monkeypatch):
+    """By the device's own limit, before anything is compiled."""
+    asked = []
+
+    def decoding(spec, rows, *rest):
+        asked.append(rows)
+        if rows > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: does not fit")
+        return {"tokens_per_s": 8.0 / rows}
+
+    monkeypatch.setattr(accelerator_models, "_decoding", decoding)
+    hymba, llama, ratio = accelerator_models.long_decode(True, {})
+    assert asked == [4, 2, 4, 2] and hymba["rows"] == llama["rows"] == 2 and ratio["ratio"] == 1.0
 
 
 def test_failing_section_is_reported_and_the_next_one_runs(monkeypatch):

@@ -86,6 +86,21 @@ def test_measured_flops_are_the_models_without_recomputation(toy, tmp_path, monk
     assert 0.8 * flops <= measured <= 1.01 * flops
 
 
+def test_flops_are_counted_outside_the_guard_of_transfers(toy, tmp_path, monkeypatch):
+    """Counting builds the model once more, which may put a constant on the device. Where a peak is
+    known that is an accelerator, and there the guard of the steps would stop the run."""
+    monkeypatch.setitem(metrics.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
+    seen, real = [], loop.MODELS["toy"]
+
+    def build(config):
+        seen.append(jax.config.jax_transfer_guard_host_to_device)
+        return real(config)
+
+    monkeypatch.setitem(loop.MODELS, "toy", build)
+    toy.train(tmp_path, steps=2)
+    assert len(seen) > 1 and "disallow" not in seen
+
+
 def compiled(monkeypatch):
     """A list that gets the jitted train step of every run."""
     made, build = [], loop.jit_train_step
