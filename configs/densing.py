@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from configs import common, hymba, ladder, ladder_runs, language, xlstm
 from configs.ladder_tasks import fit_options, olmes
-from configs.rungs import recipe
+from configs.rungs import TINY_BATCH, recipe
 
 SMALL = dict(vocab_size=512, length=256)
 NODES = {  # close to 81,000 parameters with the output head
@@ -82,7 +82,7 @@ def get_config(arg=""):
 
 def _family(name: str, multiplier: float, steps: int) -> ConfigDict:
     """Another family on the ladder's recipe for its own number of parameters."""
-    r = recipe(COUNTS[name], SMALL["length"], multiplier, divisor=1, extra=0)
+    r = recipe(COUNTS[name], SMALL["length"], multiplier, extra=0, batch=TINY_BATCH)
     given = ladder_runs.training(r, "embedding")
     if name == "hymba":
         given["optimizer"]["undecayed"] += ("meta",)

@@ -11,13 +11,13 @@ against them: report.md, report.json, ladder.png. A killed command goes on where
 
 | variant | does | where, how long |
 | --- | --- | --- |
-| (none) | 45 runs of 31,000 to 136,000 parameters, then the fit | 2 CPU cores, 20 minutes |
+| (none) | 45 runs of 31,000 to 180,000 parameters, then the fit | 2 CPU cores, 20 minutes |
 | debug | seven tiny runs of a few steps, one held out, then the fit | minutes |
 | fit,runs=R | the fit alone, of R (below) | seconds |
 | paper | the paper's 16 runs on your own texts (config.data.path), the fit | accelerators |
 | 190m, 370m, 600m, 760m, 1.3b, 3b, 7b, 13b | one run of 20 N tokens | accelerators |
 | 7b-4t, 13b-5t | the paper's targets | pods |
-| 31k, 49k, 72k, 98k, 136k | one run of the tiny ladder | a CPU core, a minute |
+| 31k, 49k, 72k, 98k, 180k | one run of the tiny ladder | a CPU core, a minute |
 
 A run of another budget: configs/ladder.py:190m,multiplier=10 (times 20 N tokens). R is a folder of
 runs of this codebase, or a JSON list of runs with CSV files as the paper's authors published them

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import language
-from configs.rungs import PUBLISHED, TINY, Recipe, Rung, recipe
+from configs.rungs import PUBLISHED, TINY, TINY_BATCH, Recipe, Rung, recipe
 
 # Tokens, sequences of 4,096, peak rate, warm-up: not by the ladder's rules.
 TARGETS = {
@@ -48,7 +48,7 @@ def small(config: ConfigDict, length: int, vocab_size: int) -> ConfigDict:
 def tiny(name: str, multiplier: float, steps: int) -> ConfigDict:
     """One run of the tiny ladder."""
     rung = TINY[name]
-    r = recipe(rung.n, rung.length, multiplier, divisor=1, extra=0)
+    r = recipe(rung.n, rung.length, multiplier, extra=0, batch=TINY_BATCH)
     config = language.small(_model(rung, 0), **training(r))
     config.steps = steps or r.steps
     return small(config, rung.length, rung.vocab_size)

@@ -57,8 +57,9 @@ TINY = {
     "49k": Rung(32, 2, 2, **_SMALL),
     "72k": Rung(40, 2, 2, **_SMALL),
     "98k": Rung(40, 3, 2, **_SMALL),
-    "136k": Rung(48, 3, 2, **_SMALL),
+    "180k": Rung(56, 3, 2, **_SMALL),
 }
+TINY_BATCH = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +73,19 @@ class Recipe:
     tokens: int  # asked for: 20 N times the multiplier
 
 
-def recipe(n: int, length: int, multiplier: float, divisor: int = 64, extra: int = 10) -> Recipe:
+def recipe(
+    n: int, length: int, multiplier: float, divisor: int = 64, extra: int = 10, batch: int = 0
+) -> Recipe:
     """The ladder's rules for `n` parameters, rows of `length`, `multiplier` times 20 n tokens.
 
     divisor: the batch is a multiple of it (64 gives the paper's table; small ladders want 1).
-    extra: steps that the published runs did beyond their tokens. The rules were found for
+    extra: steps that the published runs did beyond their tokens. batch: sequences, 0 by the rule;
+    it grows with n, and runs so small are short of steps before they are short of tokens. The rules were found for
     sequences of 2,048 tokens: a batch has as many tokens at any length, the rate is a quarter.
     """
     scale = n / 108e6
     sequences = 160 * scale ** (2 / 3) * 2048 / length
-    batch = max(1, round(sequences / divisor)) * divisor
+    batch = batch or max(1, round(sequences / divisor)) * divisor
     per_step = batch * length
     tokens = round(20 * n * multiplier)
     return Recipe(
