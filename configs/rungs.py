@@ -78,10 +78,11 @@ def recipe(
 ) -> Recipe:
     """The ladder's rules for `n` parameters, rows of `length`, `multiplier` times 20 n tokens.
 
-    divisor: the batch is a multiple of it (64 gives the paper's table; small ladders want 1).
+    divisor: the batch is a multiple of it (64 gives the paper's table).
     extra: steps that the published runs did beyond their tokens. batch: sequences, 0 by the rule;
-    it grows with n, and runs so small are short of steps before they are short of tokens. The rules were found for
-    sequences of 2,048 tokens: a batch has as many tokens at any length, the rate is a quarter.
+    it grows with n, and runs of tiny ladders are short of steps before they are short of tokens.
+    The rules were found for sequences of 2,048 tokens: a batch has as many tokens at any length,
+    the rate is a quarter.
     """
     scale = n / 108e6
     sequences = 160 * scale ** (2 / 3) * 2048 / length
