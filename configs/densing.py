@@ -5,14 +5,14 @@
     python main.py --config=configs/densing.py:fit,runs=RUNS.json
 
 Aims at the Densing Law (arXiv 2412.04315): the density of the best open models doubles about every
-95 days. The default trains a tiny Llama ladder as the reference (five sizes by three budgets, the
+95 days. The default trains a tiny Llama ladder as the reference (six sizes by three budgets, the two
 largest held out) and xLSTM and Hymba beside it, three seeds; prints the fitted law, the held-out
 size as its loss gives it back, and each family's density at equal scores (densing.md, densing.json,
 densing.png). The ladder is that of configs/ladder.py: with --workdir=runs/ladder its runs are used.
 
 | variant | does | where, how long |
 | --- | --- | --- |
-| (none) | the 45 runs of the ladder, 12 of other families, the report | 2 CPU cores, half an hour |
+| (none) | the 54 runs of the ladder, 12 of other families, the report | 2 CPU cores, half an hour |
 | debug | eight tiny runs of a few steps, then the report | minutes |
 | fit | the report of a table of scores, or of a ladder's target, or both | seconds |
 | xlstm, hymba | one run of 20 N tokens times multiplier | a CPU core, a minute |

@@ -4,20 +4,20 @@
     python main.py --config=configs/ladder.py:fit,runs=RUNS.json
 
 Aims at the table of arXiv 2412.04403 (OLMo 2 7B-4T from 16 runs: 3.8 points, 5.9 % relative error
-over eight tasks). The default trains a tiny ladder of this codebase's own on text, five sizes by
-three budgets with three seeds; the largest size is held out. Then both steps of the prediction,
+over eight tasks). The default trains a tiny ladder of this codebase's own on text, six sizes by
+three budgets with three seeds; the two largest are held out. Then both steps of the prediction,
 size and tokens to bits per byte and bits per byte to accuracy, with intervals and with what speaks
 against them: report.md, report.json, ladder.png. A killed command goes on where it was.
 
 | variant | does | where, how long |
 | --- | --- | --- |
-| (none) | 45 runs of 31,000 to 180,000 parameters, then the fit | 2 CPU cores, 20 minutes |
+| (none) | 54 runs of 31,000 to 180,000 parameters, then the fit | 2 CPU cores, 20 minutes |
 | debug | seven tiny runs of a few steps, one held out, then the fit | minutes |
 | fit,runs=R | the fit alone, of R (below) | seconds |
 | paper | the paper's 16 runs on your own texts (config.data.path), the fit | accelerators |
 | 190m, 370m, 600m, 760m, 1.3b, 3b, 7b, 13b | one run of 20 N tokens | accelerators |
 | 7b-4t, 13b-5t | the paper's targets | pods |
-| 31k, 49k, 72k, 98k, 180k | one run of the tiny ladder | a CPU core, a minute |
+| 31k, 49k, 72k, 98k, 136k, 180k | one run of the tiny ladder | a CPU core, a minute |
 
 A run of another budget: configs/ladder.py:190m,multiplier=10 (times 20 N tokens). R is a folder of
 runs of this codebase, or a JSON list of runs with CSV files as the paper's authors published them
@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from configs import common, ladder_runs
 from configs.ladder_tasks import OWN, fit_options, olmes, smoothing
-from configs.rungs import PUBLISHED, TINY
+from configs.rungs import PUBLISHED, TINY, TINY_HELD_OUT
 
 MULTIPLIERS = (0.25, 0.5, 1.0)
 PAPER = {"sizes": ("190m", "370m", "760m", "1.3b"), "multipliers": (1.0, 2.0, 5.0, 10.0)}
@@ -62,7 +62,7 @@ def get_config(arg=""):
         config.runs = tuple((n, f"{spec},steps=5", (*o, *DEBUG)) for n, spec, o in config.runs)
         return config
     names = [(size, m) for size in TINY for m in MULTIPLIERS]
-    return _runs(names, (0, 1, 2), fit_options(OWN, **smoothing(True)))
+    return _runs(names, (0, 1, 2), fit_options(OWN, held_out=TINY_HELD_OUT, **smoothing(True)))
 
 
 def _runs(names, seeds, fit: dict) -> ConfigDict:

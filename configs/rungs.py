@@ -57,8 +57,10 @@ TINY = {
     "49k": Rung(32, 2, 2, **_SMALL),
     "72k": Rung(40, 2, 2, **_SMALL),
     "98k": Rung(40, 3, 2, **_SMALL),
+    "136k": Rung(48, 3, 2, **_SMALL),
     "180k": Rung(56, 3, 2, **_SMALL),
 }
+TINY_HELD_OUT = ("136k", "180k")
 TINY_BATCH = 8
 
 
