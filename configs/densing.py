@@ -8,7 +8,8 @@ Aims at the Densing Law (arXiv 2412.04315): the density of the best open models 
 95 days. The default trains a tiny Llama ladder as the reference (six sizes by three budgets, the
 two largest held out) and xLSTM and Hymba beside it, three seeds; prints the fitted law, the
 held-out sizes as their losses give them back, and each family's density at equal scores
-(densing.md, densing.json, densing.png). The ladder is that of configs/ladder.py: with --workdir=runs/ladder its runs are used.
+(densing.md, densing.json, densing.png). The ladder is that of configs/ladder.py: with
+--workdir=runs/ladder its runs are used.
 
 | variant | does | where, how long |
 | --- | --- | --- |
