@@ -11,7 +11,7 @@ import pytest
 
 from configs.common import load_config
 from configs.loading import ROOT
-from configs.rungs import TINY
+from configs.rungs import TINY, TINY_HELD_OUT
 from eval.scaling import densing_runs, ladder, ladder_data
 
 FOLDER = ROOT / "docs" / "results" / "ladder"
@@ -27,7 +27,7 @@ def seeds():
         )
         for name, row in json.loads((FOLDER / "runs.json").read_text()).items()
     ]  # fmt: skip
-    return ladder_data.by_seed(ladder_data.held_out(runs, ()))
+    return ladder_data.by_seed(ladder_data.held_out(runs, TINY_HELD_OUT))
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,14 @@ def options():
     return load_config("configs/densing.py").fit
 
 
-def test_four_sizes_by_three_budgets_and_the_largest_held_out(seeds):
+def test_four_sizes_by_three_budgets_and_two_larger_ones_held_out(seeds):
     assert list(seeds) == ["seed0", "seed1", "seed2"]
     for runs in seeds.values():
         own = [run for run in runs if run.family == "llama"]
         seen = [run for run in own if not run.target]
-        assert {run.n for run in seen} == {rung.n for rung in TINY.values()} - {TINY["136k"].n}
-        assert len(seen) == 12 and {run.n for run in own if run.target} == {TINY["136k"].n}
+        larger = {TINY[name].n for name in TINY_HELD_OUT}
+        assert {run.n for run in seen} == {rung.n for rung in TINY.values()} - larger
+        assert len(seen) == 12 and {run.n for run in own if run.target} == larger
         assert {run.family for run in runs} == {"llama", "xlstm", "hymba"}
 
 
@@ -60,7 +61,8 @@ def test_check_8_ladder_predicts_its_held_out_size(seeds, options):
             print(seed, target.name, f"relative loss error {error:+.2%}")
             assert found["loss"] == pytest.approx(wrote["loss"], rel=1e-4)
             assert target.loss[task.name] == pytest.approx(wrote["true_loss"], rel=1e-5)
-            assert abs(error) < 0.05
+            # Sign (iii) would be 0.02 (docs/results/ladder.md says how far it is missed).
+            assert abs(error) < (0.04 if target.n == TINY["136k"].n else 0.06)
 
 
 def test_check_8_densities_as_reported(seeds, options):
