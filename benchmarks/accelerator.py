@@ -116,7 +116,7 @@ def main(argv=None) -> int:
         for row in found:
             common.show(row)
         rows += found
-        common.save(out, command, in_order(others + rows))  # a lease may end at any time
+        common.save(out, command, in_order(others + rows))  # the machine may go at any time
     return 0 if passed(rows) else 1
 
 
