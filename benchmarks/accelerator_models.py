@@ -17,6 +17,7 @@ from benchmarks.scales import drawing
 from benchmarks.train_step import Step
 from configs.common import load_config
 from eval.flops import count_flops
+from eval.speed import state_bytes
 from models import MODELS
 from models.blocks.common import row_keys
 from training.dryrun import model_flops
@@ -39,7 +40,8 @@ def long_decode(quick: bool, peaks: dict) -> list[dict]:
             row |= attempt(row, functools.partial(_decoding, spec, rows, length, quick, peaks))
             if "out_of_memory" not in row or rows == 1:
                 break
-            rows, _ = rows // 2, row.pop("out_of_memory")
+            del row["out_of_memory"]
+            rows //= 2
         found.append(row)
     if all("tokens_per_s" in row for row in found):
         ours, theirs = (row["tokens_per_s"] for row in found)
@@ -55,7 +57,7 @@ def _decoding(spec: str, rows: int, length: int, quick: bool, peaks: dict) -> di
     model = MODELS[config.model.name](config)
     shapes = jax.eval_shape(model.predict["rounded"], _shapes(model))
     memory = jax.eval_shape(lambda p: model.predict["init_state"](p, rows, length), shapes)
-    held = [_bytes(shapes), _bytes(memory)]
+    held = [state_bytes(shapes), state_bytes(memory)]
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", np.inf)
     if sum(held) > limit:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: weights and state do not fit")
@@ -87,10 +89,6 @@ def _decoding(spec: str, rows: int, length: int, quick: bool, peaks: dict) -> di
     return row | rate(took, peaks, moved=sum(held))
 
 
-def _bytes(tree) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def _shapes(model):
     """Shapes of a model's parameters."""
     return jax.eval_shape(lambda: nn.meta.unbox(model.init(jax.random.key(0))[0]))
@@ -99,13 +97,10 @@ def _shapes(model):
 def infinity(quick: bool, peaks: dict) -> list[dict]:
     """Infinity 2B: pictures at a million pixels from given text, guided; a step at 256 px."""
     spec = "configs/infinity.py:" + ("debug" if quick else "2b")
-    found = [
-        attempt(
-            {"what": "Infinity, drawing", "rows": rows},
-            functools.partial(_drawing, spec, rows, peaks),
-        )
-        for rows in ((2,) if quick else (1, 4))
-    ]
+    found = []
+    for rows in (2,) if quick else (1, 4):
+        row = {"what": "Infinity, drawing", "rows": rows}
+        found.append(attempt(row, functools.partial(_drawing, spec, rows, peaks)))
     rows = 4 if quick else 16
     row = {"what": "Infinity, training step", "rows": rows}
     return [*found, attempt(row, functools.partial(_training, spec, rows, quick, peaks))]
@@ -116,13 +111,12 @@ def _drawing(spec: str, rows: int, peaks: dict) -> dict:
     with config.unlocked():
         config.model.vocab_size = config.model.vocab_size or 1024
     model = MODELS["infinity"](config)
-
     shapes = jax.tree.map(
         lambda x: x.update(dtype=jnp.dtype(config.precision)) if x.ndim > 1 else x, _shapes(model)
     )
     params = common.filled(shapes)
-    spec = next(iter(model.batches.values()))
-    text = spec.get("gen_text", spec["gen_tokens"])
+    batch = next(iter(model.batches.values()))
+    text = batch.get("gen_text", batch["gen_tokens"])
     words = jnp.arange(text.size, dtype=jnp.int32).reshape(text.shape) % 1000 + 4
     words = words if text.dtype == jnp.int32 else jnp.sin(words).astype(text.dtype)
     lengths = jnp.full((rows,), min(text.shape[1], 50), jnp.int32)

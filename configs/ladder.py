@@ -11,7 +11,7 @@ against them: report.md, report.json, ladder.png. A killed command goes on where
 
 | variant | does | where, how long |
 | --- | --- | --- |
-| (none) | 54 runs of 31,000 to 180,000 parameters, then the fit | 2 CPU cores, 20 minutes |
+| (none) | 54 runs of 31,000 to 180,000 parameters, then the fit | 2 CPU cores, half an hour |
 | debug | seven tiny runs of a few steps, one held out, then the fit | minutes |
 | fit,runs=R | the fit alone, of R (below) | seconds |
 | paper | the paper's 16 runs on your own texts (config.data.path), the fit | accelerators |

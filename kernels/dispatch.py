@@ -10,7 +10,7 @@ from kernels.errors import NotSupported
 # Ops whose Pallas kernel "auto" takes on a GPU: {op: {device kind: the committed file that shows it
 # faster than XLA, benchmarks/results/accelerator-DEVICE.json}}. For the others impl="gpu" has to be
 # asked for. An H100 is the processor of an H200 with slower memory, and the kernels were more than
-# twice as fast as XLA while using a fifth of that memory's rate.
+# twice as fast as XLA while using a fifth of that memory's rate at most.
 H200_TIMES = "benchmarks/results/accelerator-nvidia-h200.json"
 HOPPER = dict.fromkeys(("NVIDIA H200", "NVIDIA H100 80GB HBM3"), H200_TIMES)
 MEASURED: dict[str, dict[str, str]] = {"selective_scan": HOPPER, "ssd": HOPPER}

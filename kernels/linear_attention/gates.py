@@ -143,8 +143,8 @@ def of_decays(
     kept: from the state before a chunk to that after it. out: what each token takes from the state
     and from earlier tokens of its chunk, less what it gives later ones there. entering: what each
     leaves in the state after. They are summed apart: the sum over all behind a gate, less what does
-    not pass it, is a difference of large numbers whose roundings differ (bfloat16: 5 times the
-    error in Mamba-2's A).
+    not pass it, is a difference of large numbers whose roundings differ (bfloat16, Mamba-2's A: 5
+    times the error and more).
     """
     later = jnp.cumsum(out[..., ::-1], axis=-1)[..., ::-1]
     earlier = jnp.cumsum(entering, axis=-1) - entering

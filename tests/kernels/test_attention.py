@@ -167,6 +167,26 @@ def test_check_7_work_of_a_window_is_linear_in_the_row():
     assert flops(tokens, MaskSpec()) < 1.2 * each * tokens * (tokens + 1) // 2
 
 
+@pytest.mark.parametrize(
+    "mask", [MaskSpec(), MaskSpec(window=300), MaskSpec(causal=False, scales=(1, 99, 400, 700))],
+    ids=["causal", "window", "scales"],
+)  # fmt: skip
+def test_blocks_of_accelerators_equal_ref_too(mask, monkeypatch):
+    """Where this runs XLA cuts for a CPU's cache; GPUs and TPUs get larger blocks."""
+    q, k, v = tensors((1, 1200, 1200, 2, 1, 8, 8))
+    monkeypatch.setattr(xla, "PLAIN_LIMIT", 0)
+    on_cpu = xla._sizes(q, mask)
+    monkeypatch.setattr(xla.dispatch, "platform", lambda: "gpu")
+    assert xla._sizes(q, mask)[0] > on_cpu[0]
+
+    def both(run):
+        out, back = jax.vjp(lambda *x: run(*x, mask, scale=0.3, softcap=None), q, k, v)
+        return out, *back(out)
+
+    for got, want in zip(both(xla.attention), both(ref.attention), strict=True):
+        close(got, want, 2e-5)
+
+
 def test_check_7_memory_grows_with_the_row_not_its_square():
     """Temporaries of the gradient at Hymba 1.5B's heads; one block of scores is 26 MB."""
 

@@ -49,6 +49,26 @@ def call(inputs, h0=None, **options):
     return ssd(*given, h0=h0, **(named | options))
 
 
+@pytest.mark.parametrize("impl", ["xla", "tpu_interpret", "gpu_interpret"])
+def test_gradient_of_A_does_not_cancel_in_bfloat16(impl):
+    """Sums over a whole row whose roundings differ once left 3 % of it to chance."""
+    shape = (1, 400, 8, 64, 1, 64, None)
+    x, delta, _, B, C, *_ = (a.astype(jnp.bfloat16) for a in tensors(shape))
+    delta, A = delta.astype(jnp.float32), -jnp.linspace(1.0, 16.0, 8)
+    weight = jax.random.normal(jax.random.key(8), x.shape)
+
+    def gradient(impl, *inputs):
+        def total(A):
+            y, _ = ssd(inputs[0], delta, A, *inputs[1:], jnp.zeros(8), impl=impl)
+            return (y.astype(jnp.float32) * weight).sum()
+
+        return jax.jit(jax.grad(total))(A)
+
+    want = gradient("ref", *(a.astype(jnp.float32) for a in (x, B, C)))
+    off = jnp.linalg.norm(gradient(impl, x, B, C) - want) / jnp.linalg.norm(want)
+    assert off < 0.01
+
+
 class TestSSD(SevenChecks):
     """Checks 1 to 5; of the specification 3, and 9's sequence-parallel scan."""
 
