@@ -55,7 +55,7 @@ def _decoding(spec: str, rows: int, length: int, quick: bool, peaks: dict) -> di
     changes = {"batch_size": 1, "data.length": length, "sample.rows": rows}
     config = load_config(spec, **changes)
     model = MODELS[config.model.name](config)
-    shapes = jax.eval_shape(model.predict["rounded"], _shapes(model))
+    shapes = jax.eval_shape(model.predict["decoding"], _shapes(model))
     memory = jax.eval_shape(lambda p: model.predict["init_state"](p, rows, length), shapes)
     held = [state_bytes(shapes), state_bytes(memory)]
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", np.inf)

@@ -57,10 +57,10 @@ def build(config):
             found["train_tokens_per_s"] = float(np.median(rates)) * config.data.length
         predict = dict(model.predict)
         common.need(model, "init_state")
-        if "rounded" in predict:
-            params = predict["rounded"](params)
         batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in model.batches["text"].items()}
         scores = jax.eval_shape(functools.partial(predict["logits"], params), batch)
+        if "decoding" in predict:
+            params = predict["decoding"](params)
         for context in config.evaluation.contexts:
             found |= decoding(predict, params, context, scores.shape[-1])
         return found

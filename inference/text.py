@@ -153,8 +153,8 @@ def generate(
         sampling.top_p < 1.0,
         sampling.repetition_penalty != 1.0,
     )
-    if "rounded" in model.predict:
-        params = model.predict["rounded"](params)
+    if "decoding" in model.predict:
+        params = model.predict["decoding"](params)
     state = model.predict["init_state"](params, rows, width + sampling.max_new)
     carry = prefill(params, tokens, lengths, state)
     keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(rows))

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels.attention import MaskSpec, attention
 from models import language
 from models.blocks import kv_cache
-from models.blocks.common import Linear, constrain, remat_block, scan_layers
+from models.blocks.common import Linear, constrain, over_layers, remat_block, scan_layers
 from models.blocks.decoder import GatedMlp
 from models.blocks.kv_cache import KVCache
 from models.blocks.mamba import Memory, SelectiveSSM, Text, text_of
@@ -466,17 +466,24 @@ class Hymba(language.Net):
             name = f"run{number}"
             unit = remat_block(Unit, self.remat, looped=run.count > 1)
             axes = (0, 0, nn.broadcast, nn.broadcast)
-            scan = scan_layers(unit, run.count, axes, unroll=unroll)
-            caches, memories = {}, None
-            if states is not None:
-                caches = {i: s.cache for i, s in states[name].items() if s.cache is not None}
-                memories = {i: s.memory for i, s in states[name].items()}
-            (x, meta, caches), found = scan(cfg, run, self.dtype, self.impl, keep, name=name)(
-                (x, meta, caches), memories, jnp.arange(run.count), meta_shared, shared
+
+            def stack(name, count, carry, states, run=run, unit=unit, axes=axes):
+                scan = scan_layers(unit, count, axes, unroll=unroll)
+                caches, memories = {}, None
+                if states is not None:
+                    caches = {i: s.cache for i, s in states.items() if s.cache is not None}
+                    memories = {i: s.memory for i, s in states.items()}
+                (*carry, caches), found = scan(cfg, run, self.dtype, self.impl, keep, name=name)(
+                    (*carry, caches), memories, jnp.arange(count), meta_shared, shared
+                )
+                if states is not None:
+                    found = {i: LayerState(found[i], caches.get(i)) for i in memories}
+                return tuple(carry), found
+
+            held = None if states is None else states[name]
+            (x, meta), left[name] = over_layers(
+                stack, name, run.count, (x, meta), held, apart=self.apart
             )
-            left[name] = found
-            if states is not None:
-                left[name] = {i: LayerState(found[i], caches.get(i)) for i in memories}
         return x, left
 
 
@@ -526,24 +533,35 @@ def init_state(net: Hymba, params, rows: int, max_len: int, read=None) -> State:
         read = prefix(net, params)
     layers = {}
     for number, run in enumerate(cfg.runs()):
-        name, lead = f"run{number}", (run.count,)
-        layers[name] = {}
-        for i, layer in enumerate(run.unit):
-            past = read[name][str(i)] if cfg.meta else Past(None)
-            memory = cache = None
-            if layer.scans:
-                memory = past.memory or empty_memory(cfg, 1, net.dtype, lead)
-                spread = lambda a: jnp.repeat(a, rows, axis=1)  # noqa: E731
-                memory = Memory(spread(memory.conv), spread(memory.h))
-            if layer.owns:
-                size = slots(cfg, layer, max_len)
-                cache = kv_cache.empty(
-                    run.count, rows, size, cfg.kv_heads, cfg.head_dim, net.dtype, cfg.value_dim
-                )
-                if cfg.meta:
-                    cache = _with_meta(cache, past)
-            layers[name][str(i)] = LayerState(memory, cache)
+        name = f"run{number}"
+        make = functools.partial(_unit_state, net, run, rows, max_len)
+        if not net.apart:
+            layers[name] = make(read[name] if cfg.meta else None, run.count)
+        else:
+            pasts = read[name] if cfg.meta else (None,) * run.count
+            layers[name] = tuple(make(past, 1) for past in pasts)
     return State(layers, jnp.zeros((rows,), jnp.int32))
+
+
+def _unit_state(net: Hymba, run: Run, rows: int, max_len: int, pasts, count: int):
+    """State of `count` units, behind what the meta tokens left in them."""
+    cfg, units = net.cfg, {}
+    for i, layer in enumerate(run.unit):
+        past = pasts[str(i)] if cfg.meta else Past(None)
+        memory = cache = None
+        if layer.scans:
+            memory = past.memory or empty_memory(cfg, 1, net.dtype, (count,))
+            spread = lambda a: jnp.repeat(a, rows, axis=1)  # noqa: E731
+            memory = Memory(spread(memory.conv), spread(memory.h))
+        if layer.owns:
+            size = slots(cfg, layer, max_len)
+            cache = kv_cache.empty(
+                count, rows, size, cfg.kv_heads, cfg.head_dim, net.dtype, cfg.value_dim
+            )
+            if cfg.meta:
+                cache = _with_meta(cache, past)
+        units[str(i)] = LayerState(memory, cache)
+    return units
 
 
 def _with_meta(cache: KVCache, past: Past) -> KVCache:

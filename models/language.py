@@ -12,7 +12,8 @@ padding) leave it exactly as it is. `positions` count within documents.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +36,7 @@ class Net(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     impl: str = "auto"
+    apart: bool = False  # stacks of layers, as over_layers takes them and `decoding` makes them
     float32 = ()
 
     def rows(self, name: str, init: Callable) -> Float[Array, "v d"]:
@@ -83,6 +85,34 @@ def next_tokens(batch) -> tuple[Int[Array, "b t"], Float[Array, "b t"]]:
 def apply(net: Net, params, *args, method=None, **kwargs):
     """net.apply with bare parameters."""
     return net.apply({"params": params}, *args, method=method, **kwargs)
+
+
+STACK = re.compile(r"layers|run\d+")  # names of the stacks of layers that models have
+PIECE = re.compile(r"(layers|run\d+)_0")
+
+
+def taken_apart(params, cut: Callable[[Array], Sequence]):
+    """Parameters with every stack of layers as layers of their own: layers -> layers_0, layers_1...
+
+    cut: a stacked leaf -> one for each layer, with a layers axis of one.
+    """
+    found = {}
+    for name, inner in params.items():
+        if not isinstance(inner, Mapping):
+            found[name] = inner
+        elif not STACK.fullmatch(name):
+            found[name] = taken_apart(inner, cut)
+        else:
+            leaves, structure = jax.tree.flatten(inner)
+            for i, layer in enumerate(zip(*map(cut, leaves), strict=True)):
+                found[f"{name}_{i}"] = jax.tree.unflatten(structure, layer)
+    return found
+
+
+def is_apart(params) -> bool:
+    """Whether `taken_apart` made them."""
+    inner = [x for x in params.values() if isinstance(x, Mapping)]
+    return any(map(PIECE.fullmatch, params)) or any(map(is_apart, inner))
 
 
 def read(net: Net, params, batch) -> Float[Array, "b t d"]:
@@ -166,16 +196,35 @@ def rounded(net: Net, params):
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _split(x, count: int):
+    return jnp.split(x, count)
+
+
+def decoding(net: Net, params):
+    """The parameters as decoding reads them: `rounded`, and every layer's by itself.
+
+    A token then reads half the bytes of float32 parameters, and copies no layer's part out of a
+    stack. Not to be jitted, as `rounded`.
+    """
+    return taken_apart(rounded(net, params), lambda x: _split(x, x.shape[0]))
+
+
 def predict(net: Net, init_state: Callable, **more: Callable) -> dict[str, Callable]:
     """What samplers, evaluators and exporters call; more: others of (net, params, ...)."""
 
-    def logits(params, batch):
+    def logits(net, params, batch):
         return apply(net, params, read(net, params, {"segment_ids": None} | batch), method="logits")
 
-    functions = dict(text_nll=text_nll, token_nll=token_nll, rounded=rounded)
-    functions |= dict(prefill=prefill, extend=extend)
-    functions |= dict(init_state=init_state, **more)
-    return {name: functools.partial(f, net) for name, f in functions.items()} | {"logits": logits}
+    def bound(function):
+        def call(params, *args, **kwargs):
+            return function(net.clone(apart=is_apart(params)), params, *args, **kwargs)
+
+        return call
+
+    functions = dict(text_nll=text_nll, token_nll=token_nll, decoding=decoding, logits=logits)
+    functions |= dict(prefill=prefill, extend=extend, init_state=init_state, **more)
+    return {name: bound(function) for name, function in functions.items()}
 
 
 def init(net: Net, rng):

@@ -72,7 +72,7 @@ class Llama(language.Net):
     cfg: DecoderConfig
 
     def setup(self):
-        self.decoder = Decoder(self.cfg, self.dtype, self.remat, self.impl)
+        self.decoder = Decoder(self.cfg, self.dtype, self.remat, self.impl, self.apart)
 
     def __call__(
         self,
@@ -90,7 +90,8 @@ class Llama(language.Net):
         """
         x = self.decoder.embed(tokens)
         if state is None:
-            return self.decoder(x, MaskSpec(q_segment_ids=segment_ids), positions)[0], None
+            packed = MaskSpec(q_segment_ids=segment_ids, contiguous=segment_ids is not None)
+            return self.decoder(x, packed, positions)[0], None
         count = tokens.shape[1] if valid is None else valid.sum(-1, dtype=jnp.int32)
         length = state.length + count
         if tokens.shape[1] == 1:
@@ -111,7 +112,7 @@ class Llama(language.Net):
 
 def init_state(net: Llama, rows: int, max_len: int) -> State:
     """Empty cache for rows of up to max_len tokens."""
-    cache = init_cache(net.cfg, rows, max_len, net.dtype)
+    cache = init_cache(net.cfg, rows, max_len, net.dtype, apart=net.apart)
     return State(cache, jnp.zeros((rows,), jnp.int32))
 
 

@@ -20,7 +20,14 @@ from jaxtyping import Array, Bool, Float, Int
 from export.weights import Rule, WeightMap, linear, plain
 from kernels.ssd import ssd, ssd_step
 from models import Model, language
-from models.blocks.common import Linear, constrain, remat_block, scan_layers
+from models.blocks.common import (
+    Linear,
+    constrain,
+    over_layers,
+    remat_block,
+    scan_layers,
+    state_of_layers,
+)
 from models.blocks.mamba import Conv, Memory, SelectiveSSM, Text, step_bias, text_of, uniform
 from models.blocks.norms import RMSNorm, rms_norm
 
@@ -205,7 +212,7 @@ class Mamba(language.Net):
         x = self.embed(tokens)
         step = state is not None and tokens.shape[1] == 1 and valid is None
         if state is None:
-            state = init_state(self.cfg, 1, self.dtype)
+            state = init_state(self.cfg, 1, self.dtype, apart=self.apart)
         x, state = self._stack(x, state, text_of(segment_ids, valid), keep_state, step)
         return self.final_norm(x), state
 
@@ -214,18 +221,26 @@ class Mamba(language.Net):
         cfg = self.cfg
         block = remat_block(Block, self.remat, looped=cfg.layers > 1)
         unroll = not keep_state and self.remat == "none"
-        scan = scan_layers(block, cfg.layers, (0, nn.broadcast), unroll=unroll)
-        layers = scan(cfg, self.dtype, self.impl, keep_state, step, name="layers")
-        return layers(x, state, text)
+
+        def stack(name, count, x, state):
+            scan = scan_layers(block, count, (0, nn.broadcast), unroll=unroll)
+            layers = scan(cfg, self.dtype, self.impl, keep_state, step, name=name)
+            return layers(x, state, text)
+
+        return over_layers(stack, "layers", cfg.layers, x, state, apart=self.apart)
 
 
-def init_state(cfg: MambaConfig, rows: int, dtype=jnp.float32) -> Memory:
-    """Empty memory of all layers, on a leading axis."""
+def init_state(cfg: MambaConfig, rows: int, dtype=jnp.float32, *, apart: bool = False) -> Memory:
+    """Empty memory of all layers, on a leading axis; apart: as over_layers takes it."""
     h = (cfg.inner, cfg.state)
     if cfg.version == 2:
         h = (cfg.heads, cfg.head_dim, cfg.state)
-    conv = jnp.zeros((cfg.layers, rows, cfg.taps - 1, cfg.conv), dtype)
-    return Memory(conv, jnp.zeros((cfg.layers, rows, *h), jnp.float32))
+
+    def make(count):
+        conv = jnp.zeros((count, rows, cfg.taps - 1, cfg.conv), dtype)
+        return Memory(conv, jnp.zeros((count, rows, *h), jnp.float32))
+
+    return state_of_layers(make, cfg.layers, apart)
 
 
 def conv_kernel(name: str, **stacking) -> Rule:
@@ -281,6 +296,6 @@ def build(config) -> Model:
     """The language model behind the seam of models/__init__.py."""
 
     def start(net, params, rows, max_len):
-        return init_state(net.cfg, rows, net.dtype)
+        return init_state(net.cfg, rows, net.dtype, apart=net.apart)
 
     return language.build(config, SIZES, Mamba, start, weight_map)

@@ -24,7 +24,14 @@ from jaxtyping import Array, Bool, Float, Int
 from export.weights import WeightMap, heads_in, heads_out, linear, plain
 from kernels.mlstm import State, empty_state, mlstm, mlstm_step
 from models import Model, language
-from models.blocks.common import Linear, constrain, remat_block, scan_layers
+from models.blocks.common import (
+    Linear,
+    constrain,
+    over_layers,
+    remat_block,
+    scan_layers,
+    state_of_layers,
+)
 from models.blocks.decoder import GatedMlp
 from models.blocks.norms import RMSNorm, layer_norm
 
@@ -238,9 +245,13 @@ class XLSTM(language.Net):
         block = remat_block(Block, self.remat, looped=cfg.layers > 1)
         unroll = not keep_state and self.remat == "none"
         axes = (0, nn.broadcast, nn.broadcast)
-        scan = scan_layers(block, cfg.layers, axes, unroll=unroll)
-        layers = scan(cfg, self.dtype, self.impl, keep_state, name="layers")
-        return layers(x, state, segment_ids, valid)
+
+        def stack(name, count, x, state):
+            scan = scan_layers(block, count, axes, unroll=unroll)
+            layers = scan(cfg, self.dtype, self.impl, keep_state, name=name)
+            return layers(x, state, segment_ids, valid)
+
+        return over_layers(stack, "layers", cfg.layers, x, state, apart=self.apart)
 
     def table(self) -> Float[Array, "v d"]:
         """Output rows."""
@@ -252,10 +263,17 @@ class XLSTM(language.Net):
         return self.cfg.logit_cap
 
 
-def init_state(cfg: XLSTMConfig, rows: int, max_len: int = 0) -> State:
-    """Empty state of all layers, on a leading axis; float32, whatever the text's length."""
+def init_state(cfg: XLSTMConfig, rows: int, max_len: int = 0, *, apart: bool = False) -> State:
+    """Empty state of all layers, on a leading axis; float32, whatever the text's length.
+
+    apart: as over_layers takes it.
+    """
     one = empty_state(rows, cfg.heads, cfg.dq, cfg.dv)
-    return jax.tree.map(lambda x: jnp.zeros((cfg.layers, *x.shape), x.dtype), one)
+
+    def make(count):
+        return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), one)
+
+    return state_of_layers(make, cfg.layers, apart)
 
 
 def weight_map(cfg: XLSTMConfig) -> WeightMap:
@@ -293,6 +311,6 @@ def build(config) -> Model:
     """The language model behind the seam of models/__init__.py."""
 
     def start(net, params, rows, max_len):
-        return init_state(net.cfg, rows, max_len)
+        return init_state(net.cfg, rows, max_len, apart=net.apart)
 
     return language.build(config, SIZES, XLSTM, start, weight_map)

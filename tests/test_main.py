@@ -204,6 +204,7 @@ print(faults() - before)
 def test_platform_is_chosen_by_device_files(monkeypatch, tmp_path):
     for name in ("JAX_PLATFORMS", "TPU_WORKER_HOSTNAMES", "XLA_FLAGS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--mine")
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(platform, "NVIDIA", (str(tmp_path / "nvidia[0-9]*"),))
     monkeypatch.setattr(platform, "TPU", (str(tmp_path / "accel[0-9]*"),))
@@ -211,6 +212,10 @@ def test_platform_is_chosen_by_device_files(monkeypatch, tmp_path):
     assert platform.accelerators() == ["cuda"]
     platform.before_jax()
     assert "JAX_PLATFORMS" not in os.environ  # jax finds the GPU itself
+    assert os.environ["LIBTPU_INIT_ARGS"] == "--mine"
+    monkeypatch.delenv("LIBTPU_INIT_ARGS")
+    platform.before_jax()
+    assert os.environ["LIBTPU_INIT_ARGS"] == platform.LIBTPU_ARGS
     (tmp_path / "accel0").touch()
     (tmp_path / "nvidia0").unlink()
     assert platform.accelerators() == ["tpu"]

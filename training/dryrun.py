@@ -291,22 +291,26 @@ def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
     """Memory, bytes and estimated time of one sampling step, where the model has one to export:
     of a device, but for the weights and the state that is carried along, which are whole.
 
-    Its matrices are in the type that they are multiplied in, as when sampling.
+    Its parameters are as samplers take them: matrices in the type that they are multiplied in,
+    and every layer's by itself.
     """
     import jax
 
     from eval import flops, hlo
     from export.functions import functions
+    from models.language import taken_apart
 
-    found = functions(built.model, config, built.plan.params)
+    params = built.plan.params
+    if "decoding" in built.model.predict:
+        placed = taken_apart(params, lambda x: [x] * x.shape[0])
+        params = jax.eval_shape(built.model.predict["decoding"], params)
+        params = jax.tree.map(lambda x, p: x.update(sharding=p.sharding), params, placed)
+    found = functions(built.model, config, params)
     name = next((n for n in SAMPLER_STEPS if n in found), None)
     if name is None:
         return None
-    params, inputs = built.plan.params, dict(found[name].inputs)
+    inputs = dict(found[name].inputs)
     rows = inputs["token"].shape[0] if "token" in inputs else 1
-    if "rounded" in built.model.predict:
-        rounded = jax.eval_shape(built.model.predict["rounded"], params)
-        params = jax.tree.map(lambda x, p: x.update(sharding=p.sharding), rounded, params)
     state = {key: x for key, x in inputs.items() if key != "token"}
     weights, held = (
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, state)

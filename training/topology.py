@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from training.platform import LIBTPU_ARGS
+
 GIB = 2**30
 INSTALL = "install the ahead-of-time compilers: pip install -e '.[aot]'"
 
@@ -87,6 +89,7 @@ def environment(topology: Topology) -> dict[str, str]:
     }
     if topology.chip.platform == "tpu":  # no metadata server to ask, no chip to lock
         env |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        env["LIBTPU_INIT_ARGS"] = os.environ.get("LIBTPU_INIT_ARGS", LIBTPU_ARGS)
     return env
 
 

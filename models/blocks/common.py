@@ -66,6 +66,29 @@ def scan_layers(body: type[nn.Module], length: int, in_axes: Any, *, unroll: boo
     )
 
 
+def over_layers(stack: Callable, name: str, length: int, carry, states, *, apart: bool):
+    """(carry, states) behind `length` layers: stack(name, count, carry, states) runs `count` of
+    them, whose parameters are under `name`.
+
+    apart: each layer has its own parameters, name_0 to name_<length - 1>, and its own entry in the
+    tuple `states`, each still with a layers axis, of one. A loop over stacked arrays copies a
+    layer's part out of them before it is multiplied: nothing beside a training step, twice what a
+    decoded token reads besides.
+    """
+    if not apart:
+        return stack(name, length, carry, states)
+    left = []
+    for i in range(length):
+        carry, one = stack(f"{name}_{i}", 1, carry, None if states is None else states[i])
+        left.append(one)
+    return carry, tuple(left)
+
+
+def state_of_layers(make: Callable[[int], Any], length: int, apart: bool) -> Any:
+    """The states that over_layers takes; make(count) gives those of `count` layers as stacked."""
+    return tuple(make(1) for _ in range(length)) if apart else make(length)
+
+
 def row_keys(rng: Array, example: Array) -> Array:
     """One key per example of the global batch, whatever the micro-batch or shard it lies in."""
     return jax.vmap(lambda i: jax.random.fold_in(rng, i))(example)

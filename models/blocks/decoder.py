@@ -19,7 +19,14 @@ from jaxtyping import Array, Float, Int
 from kernels.attention import MaskSpec
 from models.blocks import kv_cache
 from models.blocks.attention import Attention, CacheUse
-from models.blocks.common import Linear, constrain, remat_block, scan_layers
+from models.blocks.common import (
+    Linear,
+    constrain,
+    over_layers,
+    remat_block,
+    scan_layers,
+    state_of_layers,
+)
 from models.blocks.norms import RMSNorm
 from models.blocks.rope import RopeBands, RopeTable, rope_table
 
@@ -235,6 +242,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     impl: str = "auto"
+    apart: bool = False  # parameters and cache of the layers, as over_layers takes them
 
     def setup(self):
         cfg = self.cfg
@@ -293,11 +301,14 @@ class Decoder(nn.Module):
         if cfg.repeats:
             # Decoding gains nothing from unrolling: no backward pass.
             unroll = cache is None and self.remat == "none"
-            scan = scan_layers(Group, cfg.repeats, (0, nn.broadcast), unroll=unroll)
-            carry = (x, None if cache is None else cache["layers"])
-            (x, done["layers"]), _ = scan(cfg, self.dtype, self.remat, self.impl, name="layers")(
-                carry, jnp.arange(cfg.repeats, dtype=jnp.int32), shared
-            )
+
+            def stack(name, count, x, cache):
+                scan = scan_layers(Group, count, (0, nn.broadcast), unroll=unroll)
+                layers = scan(cfg, self.dtype, self.remat, self.impl, name=name)
+                return layers((x, cache), jnp.arange(count, dtype=jnp.int32), shared)[0]
+
+            held = None if cache is None else cache["layers"]
+            x, done["layers"] = over_layers(stack, "layers", cfg.repeats, x, held, apart=self.apart)
         block = remat_block(Block, self.remat, looped=False)
         for i, kind in enumerate(cfg.tail):
             name = f"tail_{i}"
@@ -337,7 +348,9 @@ class Decoder(nn.Module):
         return {"local": local, "global": everywhere}
 
 
-def init_cache(cfg: DecoderConfig, batch: int, max_len: int, dtype=jnp.float32):
+def init_cache(
+    cfg: DecoderConfig, batch: int, max_len: int, dtype=jnp.float32, *, apart: bool = False
+):
     """Empty cache for rows of up to max_len tokens; every leaf is [n, B, G, S, K] (rows on axis 1).
 
     S is max_len, and min(window, max_len) where a local layer can do with a ring.
@@ -350,7 +363,9 @@ def init_cache(cfg: DecoderConfig, batch: int, max_len: int, dtype=jnp.float32):
 
     caches = {f"tail_{i}": entry(kind, 1) for i, kind in enumerate(cfg.tail)}
     if cfg.repeats:
-        caches["layers"] = {
-            f"{i}_{kind}": entry(kind, cfg.repeats) for i, kind in enumerate(cfg.pattern)
-        }
+        caches["layers"] = state_of_layers(
+            lambda n: {f"{i}_{kind}": entry(kind, n) for i, kind in enumerate(cfg.pattern)},
+            cfg.repeats,
+            apart,
+        )
     return caches

@@ -113,7 +113,8 @@ def write_tokens(
     if ring:
         turned = pinned + (positions - pinned) % (cache.slots - pinned)
         slots = jnp.where(positions < pinned, positions, turned) if pinned else turned
-    return KVCache(*(write_slots(old, layer, new, slots) for old, new in zip(cache, (k, v))))
+    written = (write_slots(old, layer, new, slots) for old, new in zip(cache, (k, v)))
+    return KVCache(*jax.lax.optimization_barrier(tuple(written)))
 
 
 def mask_after_write(
