@@ -9,6 +9,7 @@ from benchmarks.common import random_params
 from kernels.attention import MaskSpec
 from models.blocks.decoder import Decoder, DecoderConfig, init_cache
 from models.blocks.losses import token_nll
+from models.language import is_apart, taken_apart
 
 
 class LanguageModel:
@@ -27,12 +28,13 @@ class LanguageModel:
         return random_params(lambda key: self.net.init(key, one, method="text")["params"])
 
     def cast(self, params):
-        """Parameters for decoding: matrices in `dtype`, norm weights in float32."""
+        """Parameters for decoding: matrices in `dtype`, norm weights in float32, layers apart."""
 
         def one(path, x):
             return x if "norm" in jax.tree_util.keystr(path) else x.astype(self.dtype)
 
-        return jax.tree_util.tree_map_with_path(one, params)
+        cast = jax.tree_util.tree_map_with_path(one, params)
+        return taken_apart(cast, lambda x: jnp.split(x, x.shape[0]))
 
     def state(self, params):
         """(parameters, AdamW's state), copies that a step may overwrite."""
@@ -50,7 +52,8 @@ class LanguageModel:
         return nll.mean()
 
     def _apply(self, params, method, *args):
-        return self.net.apply({"params": params}, *args, method=method)
+        net = self.net.clone(apart=is_apart(params))
+        return net.apply({"params": params}, *args, method=method)
 
     def _step(self, state, tokens):
         """state, tokens -> (state after one AdamW step, loss)."""
@@ -80,7 +83,7 @@ class LanguageModel:
             token = pick(hidden[:, 0])
             return (token, cache), token
 
-        cache = init_cache(self.cfg, rows, length + new, self.dtype)
+        cache = init_cache(self.cfg, rows, length + new, self.dtype, apart=is_apart(params))
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), prompt.shape)
         hidden, cache = self._apply(params, forward, prompt, MaskSpec(), positions, cache)
         first = pick(hidden[:, -1])

@@ -41,8 +41,7 @@ class MaskSpec:
     | window, always_visible          | outside of either       | yes, skipped | causal, without   |
     |                                 |                         |              | always_visible    |
     | prefix_length                   | left of a window        | yes          | no                |
-    | segment ids                     | none                    | yes          | no                |
-    | segment ids, shared keys        | none                    | contiguous   | no                |
+    | segment ids, shared keys too    | none                    | contiguous   | no                |
     | kv_valid                        | none                    | yes          | no                |
     | scales                          | of later scales         | yes, skipped | alone, a call per |
     |                                 |                         |              | scale of 512      |

@@ -172,6 +172,18 @@ def test_rounded_parameters_give_the_same_scores(name):
     )
 
 
+@pytest.mark.parametrize("name", ["llama", "hymba"])
+def test_packed_training_takes_the_attention_of_a_tpu(name):
+    """What is traced for a TPU; documents once sent the Llama's to XLA."""
+    net, params, _ = case(name)
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    ids = jnp.ones((1, 1024), jnp.int32)
+    batch = dict(tokens=ids, segment_ids=ids)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=tpu)):
+        traced = jax.make_jaxpr(functools.partial(language.read, net))(params, batch)
+    assert "splash" in str(traced)
+
+
 @pytest.mark.parametrize("name", STACKED)
 def test_layers_by_themselves_give_the_same_scores(name):
     """A prompt and a token, as `decoding` takes the parameters apart."""
