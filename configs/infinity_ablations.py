@@ -12,6 +12,7 @@ command goes on. Leaves report.md, report.json and report.png in the workdir.
 | decoding | guidance, pyramid, guidance on hidden states, greedy | optimum inside, greedy worst |
 | bits | 8, 16, 32 bits, each with a small and a smaller model | more bits want the larger |
 | index | 10 bits: a decision each (Infinity), one of 1,024 codes, and VAR | bits no worse |
+| systems | UniFluid, Infinity and VAR: equal parameters, the same pictures | none stated |
 | debug | two corrections, debug models | two minutes |
 """
 
@@ -60,9 +61,18 @@ VAR = (
 )
 
 
+# Only captions to pictures, and as many of them: what the others see of the data. Its ViT, 0.4 of
+# 3.4 M parameters, has nothing to do then and is not counted.
+UNIFLUID = (
+    *("data.mix.caption=0.0", "data.mix.vqa=0.0", "steps=1500", "batch_size=32"),
+    *("schedule.decay=500", 'evals=("retrieval","kid")'),
+)
+VARIANTS = ("correction", "decoding", "bits", "index", "systems", "debug")
+
+
 def get_config(arg=""):
     """The list of runs of one ablation."""
-    variant = common.parse_arg(arg, ("correction", "decoding", "bits", "index", "debug")).variant
+    variant = common.parse_arg(arg, VARIANTS).variant
     if variant == "debug":
         few = {name: CORRECTIONS[name] for name in ("teacher forcing", "self-correction")}
         quick = ('evals=("bits",)', "sample.prompts=()")
@@ -71,6 +81,8 @@ def get_config(arg=""):
         return _decoding()
     if variant == "bits":
         return _bits((8, 16, 32), SIZES)
+    if variant == "systems":
+        return _systems()
     if variant == "index":
         index = ("model.transformer.head=index",)
         return _bits((10,), {"bits": (), "index": index, "VAR": VAR})
@@ -89,6 +101,18 @@ def _decoding():
                 own = (*drawing, source, *overrides, f"seed={seed}")
                 runs.append((f"{name}/seed{seed}", CONFIG, own))
     config.runs += tuple(runs)
+    return config
+
+
+def _systems():
+    """VAR on a tokenizer of its own, the others on the weights that ship."""
+    config = _bits((10,), {"VAR": VAR})
+    for spec, name, overrides in (
+        ("configs/uniflud.py", "UniFluid", UNIFLUID),
+        (CONFIG, "Infinity", ()),
+    ):
+        config.runs += ablation(spec, {name: overrides}, SHORT).runs
+    config.evaluation.table.metrics = PICTURES
     return config
 
 

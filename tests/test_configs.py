@@ -146,10 +146,14 @@ def test_every_step_of_hymbas_roadmap_has_the_parameters_that_its_optimiser_name
 
 @pytest.mark.parametrize(
     "spec, vocabulary, apart",
-    [("configs/hymba.py:compare", 4096, 1.02), ("configs/infinity_ablations.py:index", 2048, 1.06)],
+    [
+        ("configs/hymba.py:compare", 4096, 1.02),
+        ("configs/infinity_ablations.py:index", 2048, 1.06),
+        ("configs/infinity_ablations.py:systems", 4096, 1.03),
+    ],
 )
 def test_models_that_are_compared_have_equally_many_parameters(spec, vocabulary, apart):
-    """Frozen parts aside; and every leaf that an optimiser's list names is there."""
+    """What does not train aside; and every leaf that an optimiser's list names is there."""
     found = {}
     for name, each, overrides in load_config(spec).runs:
         if not name.endswith("/seed0"):
@@ -158,6 +162,7 @@ def test_models_that_are_compared_have_equally_many_parameters(spec, vocabulary,
         model = MODELS[config.model.name]
         boxed = jax.eval_shape(lambda c=config, m=model: m(c).init(jax.random.key(0))[0])
         decay_mask(boxed, config.optimizer.undecayed)
-        boxed.pop("vae", None)
+        for idle in ("vae", "vit", "vit_proj"):
+            boxed.pop(idle, None)
         found[name] = sum(math.prod(x.shape) for x in jax.tree.leaves(boxed))
     assert len(found) > 2 and max(found.values()) / min(found.values()) < apart, found
