@@ -288,15 +288,40 @@ SAMPLER_STEPS = ("image_token_step", "decode_step")
 
 
 def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
-    """Memory, bytes and estimated time of one sampling step, where the model has one to export:
-    of a device, but for the weights and the state that is carried along, which are whole.
-
-    Its parameters are as samplers take them: matrices in the type that they are multiplied in,
-    and every layer's by itself.
+    """Memory, bytes and estimated time of one sampling step, or of a whole picture where scales are
+    drawn after each other, if the model has either: of a device, but for the weights and the state
+    that is carried along, which are whole. Parameters are as samplers take them.
     """
     import jax
 
     from eval import flops, hlo
+
+    drawn = "layout" in built.model.predict
+    name, call, params, inputs = (_picture if drawn else _sampling_step)(config, built)
+    if call is None:
+        return None
+    rows = inputs["token"].shape[0] if "token" in inputs else 1
+    state = {} if drawn else {key: x for key, x in inputs.items() if key != "token"}
+    weights, held = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, state)
+    )
+    result = dict(name=name, rows=rows, weight_bytes=weights, state_bytes=held)
+    traced = jax.jit(call, donate_argnums=() if drawn else 1).trace(params, inputs)
+    compiled, _ = _compile(traced, topology)
+    if compiled is None:
+        return result | dict(total_bytes=None, moved_bytes=None, seconds=None)
+    memory = _memory(compiled, 0, "", topology.chip)
+    program = hlo.analyse(compiled.as_text(), topology.count)
+    executed = flops.jaxpr_flops(traced.jaxpr.jaxpr) * topology.count  # every device does it all
+    seconds = estimate(program, executed, topology)["seconds"]
+    total = memory["total_bytes"]
+    return result | dict(total_bytes=total, moved_bytes=program.moved, seconds=seconds)
+
+
+def _sampling_step(config, built: Built) -> tuple:
+    """(name, call, parameters, inputs) of the step to export; no call where there is none."""
+    import jax
+
     from export.functions import functions
     from models.language import taken_apart
 
@@ -308,24 +333,37 @@ def _sampler(config, built: Built, topology) -> dict[str, Any] | None:
     found = functions(built.model, config, params)
     name = next((n for n in SAMPLER_STEPS if n in found), None)
     if name is None:
-        return None
-    inputs = dict(found[name].inputs)
-    rows = inputs["token"].shape[0] if "token" in inputs else 1
-    state = {key: x for key, x in inputs.items() if key != "token"}
-    weights, held = (
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, state)
+        return "", None, params, {}
+    return name, found[name].call, params, dict(found[name].inputs)
+
+
+def _picture(config, built: Built) -> tuple:
+    """The same of one picture, from its text to its pixels."""
+    import jax
+    import jax.numpy as jnp
+
+    from inference.infinity import compiled_images, per_scale
+
+    sample, model = config.sample, built.model
+    options = dict(guidance=sample.guidance, insertion=sample.insertion, ratio=sample.ratio)
+    run = compiled_images(model, **options)
+    scales = len(model.predict["layout"](sample.ratio).tokens)
+    guidance, temperature = (
+        per_scale(sample[key], scales, key) for key in ("guidance", "temperature")
     )
-    result = dict(name=name, rows=rows, weight_bytes=weights, state_bytes=held)
-    traced = jax.jit(found[name].call, donate_argnums=1).trace(params, inputs)
-    compiled, _ = _compile(traced, topology)
-    if compiled is None:
-        return result | dict(total_bytes=None, moved_bytes=None, seconds=None)
-    memory = _memory(compiled, 0, "", topology.chip)
-    program = hlo.analyse(compiled.as_text(), topology.count)
-    executed = flops.jaxpr_flops(traced.jaxpr.jaxpr) * topology.count  # every device does it all
-    seconds = estimate(program, executed, topology)["seconds"]
-    total = memory["total_bytes"]
-    return result | dict(total_bytes=total, moved_bytes=program.moved, seconds=seconds)
+    batch = next(iter(model.batches.values()))
+    text = batch.get("gen_text", batch["gen_tokens"])
+    inputs = dict(
+        text=jax.ShapeDtypeStruct((1, *text.shape[1:]), text.dtype),
+        lengths=jax.ShapeDtypeStruct((1,), jnp.int32),
+        keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1)),
+    )
+
+    def call(params, inputs):
+        own = (inputs["text"], inputs["lengths"], inputs["keys"])
+        return run(params, *own, guidance, temperature, jnp.float32(sample.top_p)).images
+
+    return "picture", call, built.plan.params, inputs
 
 
 if __name__ == "__main__":
