@@ -85,14 +85,16 @@ def write_prompt(
         source = jnp.maximum(held - first, 0)[..., None, None]
         k, v = (jnp.take_along_axis(x, source, axis=1) for x in (k, v))
     start = (layer, 0, 0, first, 0)
-    return KVCache(
-        *(
-            jax.lax.dynamic_update_slice(
-                old, jnp.swapaxes(new, 1, 2).astype(old.dtype)[None], start
-            )
-            for old, new in zip(cache, (k, v))
-        )
+    return _once(
+        jax.lax.dynamic_update_slice(old, jnp.swapaxes(new, 1, 2).astype(old.dtype)[None], start)
+        for old, new in zip(cache, (k, v))
     )
+
+
+def _once(written) -> KVCache:
+    """Keys and values that XLA writes in place, and does not write again, into a copy of the whole
+    cache, for the product that reads them."""
+    return KVCache(*jax.lax.optimization_barrier(tuple(written)))
 
 
 def _held(slots: int, newest: Int[Array, "b 1"], pinned: int) -> Int[Array, "b s"]:
@@ -113,8 +115,7 @@ def write_tokens(
     if ring:
         turned = pinned + (positions - pinned) % (cache.slots - pinned)
         slots = jnp.where(positions < pinned, positions, turned) if pinned else turned
-    written = (write_slots(old, layer, new, slots) for old, new in zip(cache, (k, v)))
-    return KVCache(*jax.lax.optimization_barrier(tuple(written)))
+    return _once(write_slots(old, layer, new, slots) for old, new in zip(cache, (k, v)))
 
 
 def mask_after_write(
