@@ -119,19 +119,38 @@ def load(data, path: Path, split: str, size: Size) -> Examples:
     return _load(path, split, size, among, data.max_unreadable, data.cache_mb)
 
 
+@functools.lru_cache(maxsize=4)
+def _by_shape(
+    path: Path, split: str, among: tuple[Size, ...], max_unreadable: int
+) -> tuple[dict[Size, list[int]], dict[str, int]]:
+    """Records by the nearest of some shapes, from one pass over their headers, and what is counted
+    as unreadable."""
+    source = records.open_source(path, split)
+    skipped = Skipped(max_unreadable, records.noted_skips(path))
+    rows: dict[Size, list[int]] = {size: [] for size in among}
+    for row, example in source.readable(skipped):
+        try:
+            rows[transforms.shape_of(example.image, among)].append(row)
+        except transforms.UNREADABLE as error:
+            skipped.add(f"the picture of record {row} of {source}", error)
+    return rows, skipped.counts
+
+
 @functools.lru_cache(maxsize=64)
 def _load(
     path: Path, split: str, size: Size, among: tuple, max_unreadable: int, cache_mb: int
 ) -> Examples:
     source = records.open_source(path, split)
-    skipped = Skipped(max_unreadable, records.noted_skips(path))
+    chosen, counts = range(len(source)), records.noted_skips(path)
+    if among:
+        by_shape, counts = _by_shape(path, split, among, max_unreadable)
+        chosen, counts = by_shape[size], dict(counts)
+    skipped = Skipped(max_unreadable, counts)
     h, w = transforms.sides(size)
-    in_memory = len(source) * h * w * 3 <= cache_mb * 2**20
+    in_memory = len(chosen) * h * w * 3 <= cache_mb * 2**20
     items, images, rows = [], [], []
-    for row, example in source.readable(skipped):
+    for row, example in source.readable(skipped, chosen):
         try:
-            if among and transforms.shape_of(example.image, among) != size:
-                continue
             if in_memory:
                 images.append(transforms.decode(example.image, size))
         except transforms.UNREADABLE as error:

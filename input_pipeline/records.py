@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,9 +183,11 @@ class Source:
             spec=spec,
         )
 
-    def readable(self, skipped: Skipped) -> Iterator[tuple[int, Example]]:
-        """Yields (index, example) of every record that can be read."""
-        for index in range(len(self)):
+    def readable(
+        self, skipped: Skipped, rows: Iterable[int] | None = None
+    ) -> Iterator[tuple[int, Example]]:
+        """Yields (index, example) of every record, or of those of `rows`, that can be read."""
+        for index in range(len(self)) if rows is None else rows:
             try:
                 yield index, self[index]
             except (RuntimeError, ValueError, OSError) as error:

@@ -154,6 +154,20 @@ def wide_and_tall(tmp_path):
     return tmp_path
 
 
+def test_shapes_share_one_pass_over_the_headers(make_config, wide_and_tall, monkeypatch):
+    """Every picture is read once for its shape and once for itself, however many shapes there
+    are."""
+    shapes = ((32, 32), (48, 32), (32, 48), (32, 64), (64, 32))
+    read, item = [], records.Source.__getitem__
+    mix = dict(t2i=1.0, caption=0.0, vqa=0.0)
+    c = make_config(4, source="folder", path=str(wide_and_tall), mix=mix, shapes=shapes)
+    monkeypatch.setattr(
+        records.Source, "__getitem__", lambda self, i: (read.append(i), item(self, i))[1]
+    )
+    found = [len(folder.load(c.data, "train", shape)) for shape in shapes]
+    assert found == [11, 10, 10, 0, 0] and sorted(read) == sorted([*range(31), *range(31)])
+
+
 def test_one_shape_a_batch_and_every_picture_in_a_round(make_config, wide_and_tall, take):
     shapes = ((32, 32), (48, 32), (32, 48))
     mix = dict(t2i=1.0, caption=0.0, vqa=0.0)
