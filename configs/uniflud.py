@@ -52,7 +52,7 @@ def get_config(arg=""):
         ema=dict(decay=0.998, warmup=True),
         sample=SAMPLE,
         evals=EVALS,
-        checkpoint=dict(every=500, keep=2),
+        checkpoint=dict(every=100, keep=2),
         log_every=50,
     )
     if variant == "debug":

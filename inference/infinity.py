@@ -182,7 +182,7 @@ def generate_images(
     scales = len(model.predict["layout"](ratio).tokens)
     run = compiled_images(model, guidance=guidance, insertion=insertion, ratio=ratio, strip=strip)
     return run(
-        params,
+        model.predict["decoding"](params),
         tokens,
         lengths,
         row_keys(rng, jnp.arange(tokens.shape[0])),

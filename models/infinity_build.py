@@ -385,6 +385,19 @@ def batch_specs(config, system: System) -> dict[str, dict[str, jax.ShapeDtypeStr
     return {f"{ratio:g}": spec(ratio) for ratio in config.model.ratios}
 
 
+def decoding(params, dtype):
+    """The parameters with the blocks' matrices in the type that they are multiplied in, once for
+    all scales. The same numbers come out. Not to be jitted: that would copy what stays."""
+
+    def one(path, x):
+        matrix = path[-1].key == "kernel" and x.dtype != dtype
+        return x.astype(dtype) if matrix else x
+
+    transformer = params["transformer"]
+    layers = jax.tree_util.tree_map_with_path(one, transformer["layers"])
+    return {**params, "transformer": {**transformer, "layers": layers}}
+
+
 def predictions(system: System, grid_of, dtype) -> dict:
     """What samplers and evaluators call; grid_of: (h / w) -> grid of latents."""
     cfg = system.cfg.transformer
@@ -396,6 +409,7 @@ def predictions(system: System, grid_of, dtype) -> dict:
         return lambda params, *args: apply(system, params, name, *args)
 
     return {
+        "decoding": functools.partial(decoding, dtype=dtype),
         "encode_text": bind(encode_text),
         "condition": bind(condition),
         "captions": bind(captions),

@@ -363,7 +363,9 @@ def _picture(config, built: Built) -> tuple:
         own = (inputs["text"], inputs["lengths"], inputs["keys"])
         return run(params, *own, guidance, temperature, jnp.float32(sample.top_p)).images
 
-    return "picture", call, built.plan.params, inputs
+    params = jax.eval_shape(model.predict["decoding"], built.plan.params)
+    params = jax.tree.map(lambda x, p: x.update(sharding=p.sharding), params, built.plan.params)
+    return "picture", call, params, inputs
 
 
 if __name__ == "__main__":
