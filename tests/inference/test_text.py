@@ -116,7 +116,7 @@ def test_an_xlstm_writes_what_its_scores_say():
     tokens = jnp.zeros((1, 2), jnp.int32)
     params = nn.meta.unbox(net.init(jax.random.key(0), tokens, method="text")["params"])
     params["layers"]["mlstm"]["i"]["bias"] += 9.0
-    start = lambda net, params, rows, max_len: xlstm.init_state(net.cfg, rows, max_len)  # noqa: E731
+    start = lambda net, params, rows, _: xlstm.init_state(net.cfg, rows, apart=net.apart)  # noqa: E731
     model = types.SimpleNamespace(predict=language.predict(net, start))
     prompts = [[1, 5, 9], [1], [1, 4, 4, 8, 100, 30, 7]]
     got = generate(model, params, prompts, jax.random.key(0), Sampling(max_new=8))
