@@ -17,7 +17,7 @@ command goes on. Leaves report.md, report.json and report.png in the workdir.
 """
 
 from configs import common
-from configs.infinity_sizes import UNDECAYED
+from configs.infinity_sizes import VAR
 from configs.runs import SEEDS, ablation
 
 CONFIG = "configs/infinity.py"
@@ -51,15 +51,6 @@ SIZES = {
     "small": (),
     "smaller": ("model.transformer.width=96", "model.transformer.depth=3"),
 }
-
-# VAR (arXiv 2404.02905): a label's one vector instead of attention to a text, a code's index; the
-# blocks that the attention and the text's stack cost. On Infinity's tokenizer and positions.
-VAR = (
-    *("model.text.name=label", "model.transformer.cross=False", "model.transformer.head=index"),
-    "model.transformer.depth=8",
-    f"optimizer.undecayed={tuple(u for u in UNDECAYED if '/ca/' not in u)}",
-)
-
 
 # Only captions to pictures, and as many of them: what the others see of the data. Its ViT, 0.4 of
 # 3.4 M parameters, has nothing to do then and is not counted.
@@ -107,11 +98,8 @@ def _decoding():
 def _systems():
     """VAR on a tokenizer of its own, the others on the weights that ship."""
     config = _bits((10,), {"VAR": VAR})
-    for spec, name, overrides in (
-        ("configs/uniflud.py", "UniFluid", UNIFLUID),
-        (CONFIG, "Infinity", ()),
-    ):
-        config.runs += ablation(spec, {name: overrides}, SHORT).runs
+    config.runs += ablation(CONFIG, {"Infinity": ()}, SHORT).runs
+    config.runs += ablation("configs/uniflud.py", {"UniFluid": UNIFLUID}, SHORT).runs
     config.evaluation.table.metrics = PICTURES
     return config
 

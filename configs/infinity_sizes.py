@@ -42,6 +42,14 @@ SAMPLE = dict(
     strip=False,  # also draws what the picture is after each scale
 )
 
+# VAR (arXiv 2404.02905): a label's one vector instead of attention to a text, a code's index; the
+# blocks that the attention and the text's stack cost. On Infinity's tokenizer and positions.
+VAR = (
+    *("model.text.name=label", "model.transformer.cross=False", "model.transformer.head=index"),
+    "model.transformer.depth=8",
+    f"optimizer.undecayed={tuple(u for u in UNDECAYED if '/ca/' not in u)}",
+)
+
 
 def shapes_of(ratios: str, side: int) -> tuple[tuple[float, ...], tuple[tuple[int, int], ...]]:
     """(h / w, pixels) of the shapes that "all", or numbers joined with "+", name, about side^2

@@ -328,13 +328,19 @@ def _sampling_step(config, built: Built) -> tuple:
     params = built.plan.params
     if "decoding" in built.model.predict:
         placed = taken_apart(params, lambda x: [x] * x.shape[0])
-        params = jax.eval_shape(built.model.predict["decoding"], params)
-        params = jax.tree.map(lambda x, p: x.update(sharding=p.sharding), params, placed)
+        params = _placed(jax.eval_shape(built.model.predict["decoding"], params), placed)
     found = functions(built.model, config, params)
     name = next((n for n in SAMPLER_STEPS if n in found), None)
     if name is None:
         return "", None, params, {}
     return name, found[name].call, params, dict(found[name].inputs)
+
+
+def _placed(shapes, like):
+    """Shapes with the shardings of another tree."""
+    import jax
+
+    return jax.tree.map(lambda x, p: x.update(sharding=p.sharding), shapes, like)
 
 
 def _picture(config, built: Built) -> tuple:
@@ -363,8 +369,9 @@ def _picture(config, built: Built) -> tuple:
         own = (inputs["text"], inputs["lengths"], inputs["keys"])
         return run(params, *own, guidance, temperature, jnp.float32(sample.top_p)).images
 
-    params = jax.eval_shape(model.predict["decoding"], built.plan.params)
-    params = jax.tree.map(lambda x, p: x.update(sharding=p.sharding), params, built.plan.params)
+    params = _placed(
+        jax.eval_shape(model.predict["decoding"], built.plan.params), built.plan.params
+    )
     return "picture", call, params, inputs
 
 
