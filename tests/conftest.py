@@ -22,6 +22,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(CACHE) / WORKER)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
@@ -29,6 +30,17 @@ if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # grain reads absl flags; outside absl.app nobody parses them
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """A file's compiled programs go with it.
+
+    Each holds about three memory maps. A whole suite in one process comes to Linux's 65,530
+    (vm.max_map_count), and there XLA's compiler segfaults or stands still.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

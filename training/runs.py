@@ -27,6 +27,8 @@ def run(config, workdir, train_one: Callable) -> None:
     for i, (name, job) in enumerate(jobs):
         print(f"run {i + 1} of {len(jobs)}: {name}", flush=True)
         train_one(job, workdir / name)
+        # Some 400 memory maps of programs a run; at Linux's 65,530 XLA's compiler segfaults.
+        jax.clear_caches()
     if config.report:
         with config.unlocked():
             config.evals = (config.report,)

@@ -1,7 +1,9 @@
 """Task runs: ordinary resumable runs in order, then one report."""
 
 import json
+from pathlib import Path
 
+import jax
 import pytest
 
 from training import loop, runs
@@ -34,3 +36,21 @@ def test_names_must_differ(toy, tmp_path, names):
         config.runs = tuple((name, "x.py", ()) for name in names)
     with pytest.raises(ValueError, match="config.runs must be a list of runs with different names"):
         runs.run(config, tmp_path, loop.train)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux counts memory maps")
+def test_programs_of_ended_runs_are_dropped(toy, tmp_path):
+    """A list of a hundred runs must not come to vm.max_map_count, where XLA segfaults."""
+    spec = toy.config.__globals__["HERE"] / "toy_config.py"
+    config, programs, maps = toy.config(), [], []
+    with config.unlocked():
+        config.runs = tuple((str(i), str(spec), ()) for i in range(4))
+
+    def train_one(_, workdir):
+        maps.append(len(Path("/proc/self/maps").read_text().splitlines()))
+        for i in range(40):
+            programs.append(jax.jit(lambda x, a=f"{workdir}{i}": x * 2.0 + len(a)))
+            programs[-1](1.0)
+
+    runs.run(config, tmp_path, train_one)
+    assert maps[3] - maps[1] < 40, maps  # 120 a run where they are kept
