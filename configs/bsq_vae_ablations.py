@@ -20,7 +20,10 @@ from configs.runs import ablation
 
 TOKENIZER = "model.tokenizer."
 SCORES = ("psnr", "ssim", "lpips", "kid")
-COLUMNS = tuple(f"reconstruction/{set_}{s}" for set_ in ("", "photos_") for s in SCORES)
+COLUMNS = (
+    *(f"reconstruction/{set_}{s}" for set_ in ("", "photos_") for s in SCORES),
+    *("train/bits_used", "train/codebook_usage"),  # last batch: entropy of its bits or codes
+)
 REAL = (
     "steps=1500",
     "data.source=openmoji+scenes+photos",

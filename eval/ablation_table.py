@@ -1,7 +1,7 @@
 """Report of the task `runs`: one row per group of runs, mean ± spread over its seeds.
 
-Runs are named "GROUP/seedN"; a run's numbers are those of the newest file in its eval/ folder.
-Writes report.md, report.json and report.png into the workdir of the task.
+Runs are named "GROUP/seedN"; a run's numbers are those of the newest file in its eval/ folder and,
+under "train/", those it logged last. Groups that have no such number leave the cell empty. Writes report.md, report.json and report.png into the workdir of the task.
 """
 
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.common import read_rows
 from eval.run import REFERENCES, write_json
 from eval.scaling.curves import evaluations
 from eval.scaling.report import figure as drawn
@@ -23,7 +24,7 @@ HEADLINES = (
 
 
 def collect(workdir: Path, names=()) -> dict[str, list[dict]]:
-    """{group: [evaluation of each seed]} in the order of `names`, or of the folders found."""
+    """{group: [numbers of each seed]} in the order of `names`, or of the folders found."""
     if not names:
         found = {p.parent.parent for p in workdir.rglob("eval/*.json")} - {workdir}
         names = sorted((str(p.relative_to(workdir)) for p in found), key=_natural)
@@ -32,7 +33,9 @@ def collect(workdir: Path, names=()) -> dict[str, list[dict]]:
         evaluation = evaluations(workdir / name)
         if evaluation is None:
             raise FileNotFoundError(f"report: run {name!r} in {workdir} has no eval/<step>.json")
-        groups.setdefault(re.sub(r"/seed[^/]*$", "", name), []).append(evaluation)
+        logged = [r for r in read_rows(workdir / name / "metrics.jsonl") if "train/loss" in r]
+        numbers = evaluation | (logged[-1] if logged else {})
+        groups.setdefault(re.sub(r"/seed[^/]*$", "", name), []).append(numbers)
     if not groups:
         raise FileNotFoundError(f"report: no run in {workdir} has an eval/<step>.json")
     return groups
@@ -51,16 +54,18 @@ def _is_reference(key: str) -> bool:
 def _columns(groups, wanted) -> list[str]:
     runs = [run for seeds in groups.values() for run in seeds]
     common = [k for k in runs[0] if all(k in run for run in runs) and k != "step"]
-    missing = [k for k in wanted if k not in common]
+    missing = [k for k in wanted if not any(k in run for run in runs)]
     if missing:
         raise ValueError(
             f"config.evaluation.table.metrics={missing[0]!r}: runs have {', '.join(common)}"
         )
-    usual = [k for k in common if not _is_reference(k) and not k.endswith("/seconds")]
+    usual = [k for k in common if not re.search(r"^train/|/seconds$", k) and not _is_reference(k)]
     return list(wanted) or [k for k in HEADLINES if k in usual] or usual[:SHOWN]
 
 
-def _summary(seeds: list[dict], key: str) -> dict:
+def _summary(seeds: list[dict], key: str) -> dict | None:
+    if not all(key in run for run in seeds):
+        return None
     values = [float(run[key]) for run in seeds]
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": spread, "n": len(values), "values": values}
@@ -68,6 +73,8 @@ def _summary(seeds: list[dict], key: str) -> dict:
 
 def _markdown(title, columns, summary, levels, seeds) -> str:
     def cell(s):
+        if s is None:
+            return ""
         return f"{s['mean']:.4g}" + ("" if s["std"] is None else f" ± {s['std']:.2g}")
 
     rows = [
@@ -99,12 +106,11 @@ def _plot(path: Path, title, columns, summary, levels):
     with drawn(path, size=(3.4 * across, 2.8 * down)) as figure:
         for i, column in enumerate(columns):
             axes = figure.add_subplot(down, across, i + 1)
-            cells = [summary[name][column] for name in names]
-            axes.errorbar(
-                range(len(names)), [c["mean"] for c in cells], [c["std"] or 0.0 for c in cells],
-                marker="o", capsize=3,
-            )  # fmt: skip
-            for x, c in enumerate(cells):
+            cells = {x: summary[name][column] for x, name in enumerate(names)}
+            cells = {x: c for x, c in cells.items() if c}
+            means, spreads = zip(*((c["mean"], c["std"] or 0.0) for c in cells.values()))
+            axes.errorbar(list(cells), means, spreads, marker="o", capsize=3)
+            for x, c in cells.items():
                 axes.plot([x] * c["n"], c["values"], ".", color="grey", alpha=0.6)
             for suffix, values in levels.items():
                 if column in values:

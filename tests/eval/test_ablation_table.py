@@ -57,3 +57,19 @@ def test_mistakes_name_the_run_or_the_metric(workdir, tmp_path):
         report(config_of((("lam_7/seed0", "c", ()),)), workdir)
     with pytest.raises(ValueError, match="metrics='kid/kid': runs have accuracy/top1"):
         report(config_of(metrics=("kid/kid",)), workdir)
+
+
+def test_what_training_logged_last_is_a_column(workdir):
+    """Of runs that log it; the report's own choice of columns leaves it out."""
+    for lam, usage in (("0.05", (0.5, 0.7)), ("1", (0.9, 0.9))):
+        for seed, value in enumerate(usage):
+            rows = [{"step": i, "train/loss": 1.0, "train/usage": value * i / 2} for i in (1, 2)]
+            rows.append({"step": 2, "eval/accuracy/top1": 0.1})
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (workdir / f"lam_{lam}/seed{seed}/metrics.jsonl").write_text(lines)
+    _, data = report(config_of(metrics=("accuracy/top1", "train/usage")), workdir)
+    assert data["groups"]["lam_0.05"]["train/usage"]["mean"] == pytest.approx(0.6)
+    assert data["groups"]["lam_0.005"]["train/usage"] is None
+    assert "| lam_0.005 | 2 | 0.5 ± 0.14 |  |" in (workdir / "report.md").read_text()
+    report(config_of(), workdir)
+    assert "train/" not in (workdir / "report.md").read_text()
