@@ -22,7 +22,7 @@ TOKENIZER = "model.tokenizer."
 SCORES = ("psnr", "ssim", "lpips", "kid")
 COLUMNS = (
     *(f"reconstruction/{set_}{s}" for set_ in ("", "photos_") for s in SCORES),
-    *("train/bits_used", "train/codebook_usage"),  # last batch: entropy of its bits or codes
+    "train/code_perplexity",  # of the last batch's tokens
 )
 REAL = (
     "steps=1500",

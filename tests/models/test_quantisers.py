@@ -64,7 +64,7 @@ def test_check_1_schedules_and_token_totals():
     assert schedules.infinity(1.5)[-1] == (78, 52) and schedules.infinity(0.333)[-1] == (37, 111)
     with pytest.raises(ValueError, match="no schedule for h / w = 1.1"):
         schedules.infinity(1.1)
-    assert schedules.nearest_ratio(480, 640) == 0.75 and schedules.nearest_ratio(900, 899) == 1.0
+    assert schedules.nearest_ratio(480 / 640) == 0.75 and schedules.nearest_ratio(900 / 899) == 1.0
 
 
 def test_other_schedules():
@@ -344,3 +344,16 @@ def test_dead_codes_are_revived_where_features_are():
 def test_phi_of_scale_matches_var():
     assert [vq.phi_of_scale(k, 10, 4) for k in range(10)] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
     assert vq.phi_of_scale(0, 1, 1) == 0
+
+
+@pytest.mark.parametrize("quantiser", ["bsq", "vq"])
+def test_perplexity_counts_the_codes_of_a_batch(quantiser):
+    cfg = discrete.TokenizerConfig(z=3, quantiser=quantiser, codebook=8)
+    own = discrete.quantiser(cfg, recipe())
+    params, extra = _unboxed(own.init(jax.random.key(0)))
+    features = random_features(18, 2, 4, 4, 3)
+    got = own.quantise(params, extra, features, jax.random.key(0), example=jnp.arange(2), images=2)
+    counts = np.unique(np.asarray(own.encode(params, features)), return_counts=True)[1]
+    p = counts / counts.sum()
+    want = np.exp(-(p * np.log(p)).sum())
+    np.testing.assert_allclose(got.metrics["code_perplexity"], want, rtol=1e-5)

@@ -8,6 +8,8 @@ Codes are one array per image, row-major within a scale and scale after scale: u
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+from jax.scipy.special import xlogy
 from jaxtyping import Array, Float
 
 
@@ -44,3 +46,9 @@ class Quantiser(NamedTuple):
     decode: Callable[..., Any]
     schedule: Callable[..., Any]
     finalise: Callable[..., Any] | None = None
+
+
+def perplexity(hits: Float[Array, "v"]) -> Float[Array, ""]:
+    """exp of the entropy of these counts: how many codes used alike would be as uncertain."""
+    p = hits / hits.sum()
+    return jnp.exp(-xlogy(p, p).sum())

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
 from kernels.bitwise.bits import codes, pack, unpack
-from models.tokenizers.quantisers import Quantised, Quantiser
+from models.tokenizers.quantisers import Quantised, Quantiser, perplexity
 from models.tokenizers.quantisers.resize import area, resize
 from models.tokenizers.quantisers.schedules import Schedule, schedule_for, split, tokens
 
+COUNTED = 16  # bits up to which whole codes are counted in training
 JOINT_LIMIT = 20  # bits above which LFQ's joint entropy, an array of tokens x 2^d, makes no sense
 
 
@@ -208,6 +209,10 @@ def build(cfg, options) -> Quantiser:
             "codebook_usage": share * used / cfg.z,
             "bits_per_image": share * cfg.z * tokens(scales),
         }
+        if cfg.z <= COUNTED:
+            words = pack_scales(got.bits).astype(jnp.int32)
+            hits = jnp.zeros(2**cfg.z).at[words.ravel()].add(1.0)
+            metrics["code_perplexity"] = share * perplexity(hits)
         return Quantised(got.sum, loss, metrics, extra)
 
     def encode(params, features):

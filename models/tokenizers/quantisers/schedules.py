@@ -54,9 +54,9 @@ def infinity(ratio: float, budget: str = "1M") -> Schedule:
     return RATIOS[ratio][: BUDGETS[budget]]
 
 
-def nearest_ratio(height: int, width: int) -> float:
-    """The ratio of the template an image of these sides goes to."""
-    return min(RATIOS, key=lambda ratio: abs(height / width - ratio))
+def nearest_ratio(aspect: float) -> float:
+    """The ratio of the template that an image of this height / width goes to."""
+    return min(RATIOS, key=lambda ratio: abs(aspect - ratio))
 
 
 def tokens(schedule: Schedule) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from models.tokenizers.conv import boxed, conv
-from models.tokenizers.quantisers import Quantised, Quantiser
+from models.tokenizers.quantisers import Quantised, Quantiser, perplexity
 from models.tokenizers.quantisers.resize import area, cubic, resize
 from models.tokenizers.quantisers.schedules import Schedule, schedule_for, split, tokens
 
@@ -141,6 +141,7 @@ def build(cfg, options) -> Quantiser:
             "bits_per_token": share * bits,
             "bits_used": share * used,
             "codebook_usage": share * (state["use"] >= USED).mean(),
+            "code_perplexity": share * perplexity(hits),
             "bits_per_image": share * bits * tokens(scales),
         }
         if options.revive:
