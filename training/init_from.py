@@ -11,6 +11,7 @@ from export.load import load_pretrained
 from export.weights import unflatten
 from models import MODELS
 from training.checkpoint import Checkpoints
+from training.objectives import low_rank
 from training.sharding import place
 from training.tree import flat, unbox, unflat
 from training.workdir import read_config
@@ -80,19 +81,41 @@ def _from_run(workdir: Path, like: Any) -> dict[str, jax.Array]:
             raise ValueError(f"config.init_from: {workdir} has no parameter {next(iter(rest))!r}")
         values |= held[0]
     values = {k: values[here.get(k) or rest[k]] for k in wanted}
-    return _finalised(workdir, found[1], values, like)
-
-
-def _finalised(workdir: Path, meta: dict, values: dict, like: Any) -> dict[str, jax.Array]:
-    """`values` with the run's running statistics written in, as its own evaluation uses them."""
-    config = read_config(meta["config"])
+    config = read_config(found[1]["config"])
     if config.model.name not in MODELS:
         return values
     model = MODELS[config.model.name](config)
+    whole = NamedSharding(next(iter(wanted.values())).sharding.mesh, PartitionSpec())
+    if config.objective.name == "low_rank":
+        values |= _merged(workdir, config, model, saved, values, whole)
+    return _finalised(workdir, model, values, like, whole)
+
+
+def _merged(workdir: Path, config, model, saved, values: dict, whole) -> dict[str, jax.Array]:
+    """Those of `values` that the run gave low-rank adapters, with them."""
+    boxed, where = low_rank.adapted(model, config.objective)
+    init = low_rank.build(model, config).init
+    shapes = flat(unbox(jax.eval_shape(init, jax.random.key(0), boxed)[0]))
+    where = {path: cut for path, cut in where.items() if path in values}
+    parts = [f"adapters/{path}/{part}" for path in where for part in "ab"]
+    stored = {k: f"ema/{k}" if f"ema/{k}" in saved else f"params/{k}" for k in parts}
+    like = {
+        name: jax.ShapeDtypeStruct(shapes[k].shape, shapes[k].dtype, sharding=whole)
+        for k, name in stored.items()
+    }
+    read = _restore(workdir / "checkpoints", like)[0]
+    factors = {path: [read[stored[f"adapters/{path}/{x}"]] for x in "ab"] for path in where}
+    return {
+        path: low_rank.merged(values[path], *factors[path], cut, config.objective)
+        for path, cut in where.items()
+    }
+
+
+def _finalised(workdir: Path, model, values: dict, like: Any, whole) -> dict[str, jax.Array]:
+    """`values` with the run's running statistics written in, as its own evaluation uses them."""
     finalise = model.predict.get("finalise")
     if finalise is None:
         return values
-    whole = NamedSharding(next(iter(flat(like).values())).sharding.mesh, PartitionSpec())
     shapes = jax.eval_shape(lambda: unbox(model.init(jax.random.key(0))[1]))
     wanted = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)

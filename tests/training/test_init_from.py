@@ -82,6 +82,18 @@ def test_from_a_run_with_frozen_parts(toy, tmp_path):
         first_state(toy.config(init_from=str(tmp_path)))
 
 
+def test_from_a_run_with_adapters_takes_what_it_evaluates_with(toy, tmp_path):
+    """The merged matrices, averages of the adapters where it has them."""
+    args = dict(objective__name="low_rank", objective__rank=3, objective__leaves=("*",))
+    toy.train(tmp_path, steps=6, **args)
+    _, used, _ = setup.load_for_use(toy.config(steps=6, **args), tmp_path)
+    state, _ = first_state(toy.config(init_from=str(tmp_path), seed=9))
+    for name, value in flat(used).items():
+        np.testing.assert_allclose(flat(state["params"])[name], value, rtol=1e-6, atol=1e-7)
+    fresh, _ = first_state(toy.config(seed=9))
+    assert np.abs(used["trunk"]["up"] - fresh["params"]["trunk"]["up"]).max() > 1e-3
+
+
 def test_from_a_run_takes_its_running_statistics(tmp_path):
     """A codebook's revived codes lie in the state beside the parameters; they come along."""
     tiny = tiny_config("vq")

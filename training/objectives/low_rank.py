@@ -86,34 +86,43 @@ def product(a, b, cut: Cut):
     return jnp.transpose(whole, np.argsort(order))
 
 
+def adapted(model: Model, o) -> tuple[Any, dict[str, Cut]]:
+    """(boxed shapes of the model's parameters, {path: Cut} of those that config.objective = o
+    gives adapters)."""
+    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0))[0])
+    return boxed, cuts(take(boxed, o.freeze)[0], o.leaves)
+
+
+def merged(leaf, a, b, cut: Cut, o):
+    """The parameter with its adapters, in its own type."""
+    return leaf + (o.alpha / o.rank * product(a, b, cut)).astype(leaf.dtype)
+
+
 def build(model: Model, config) -> Objective:
     """Objective around any model; config.objective: rank, alpha, leaves (globs of slash paths),
     freeze (parts that get no adapters)."""
     o = config.objective
-    rank, scale = o.rank, o.alpha / o.rank
-    boxed = jax.eval_shape(lambda: model.init(jax.random.key(0))[0])
-    where = cuts(take(boxed, o.freeze)[0], o.leaves)
+    _, where = adapted(model, o)
 
     def init(rng, params):
         boxes, keys = flat(params, leaf=is_box), jax.random.split(rng, len(where))
         adapters = {
             f"{path}/{name}": part
             for key, (path, cut) in zip(keys, where.items(), strict=True)
-            for name, part in factors(key, boxes[path], cut, rank).items()
+            for name, part in factors(key, boxes[path], cut, o.rank).items()
         }
         return {"adapters": unflatten(adapters)}, {"params": params}
 
     def model_params(params, frozen):
         parts = flat(params["adapters"])
 
-        def merged(path, leaf):
+        def one(path, leaf):
             name = path_name(path)
             if name not in where:
                 return leaf
-            added = product(parts[f"{name}/a"], parts[f"{name}/b"], where[name])
-            return leaf + (scale * added).astype(leaf.dtype)
+            return merged(leaf, parts[f"{name}/a"], parts[f"{name}/b"], where[name], o)
 
-        return jax.tree_util.tree_map_with_path(merged, frozen["params"])
+        return jax.tree_util.tree_map_with_path(one, frozen["params"])
 
     def loss(params, frozen, extra, batch, rng, *, step, norms):
         whole = model_params(params, frozen)
