@@ -8,6 +8,7 @@ Data: OpenMoji glyphs with their CLDR names. The tokenizer is that of configs/bs
 | variant | trains | where, how long |
 | --- | --- | --- |
 | (none) | 32 px to 85 tokens of 16 bits on 4 scales, 3.0 M parameters | 2 CPU cores, 12 minutes |
+| var | VAR: a caption's one vector, codes' indices (65,536 with this tokenizer) | twice as long |
 | debug | the same with a tiny model, a few steps | under a minute |
 | 125m, 361m, 940m | the paper's layer12, layer16, layer24; 256 px, your own pictures | pods |
 | 2b, layer32, layer40, layer48 | 2.2, 2.3, 4.7 and 8.8 B; 1,024 px, d = 32 bits | pods |
@@ -20,7 +21,7 @@ ratios=all, the paper's 15 shapes (or some: ratios=1+1.5+0.666): 2b,side=256,rat
 
 from configs import common
 from configs.data import data_config
-from configs.infinity_sizes import MODEL, PUBLISHED, SAMPLE, UNDECAYED, published
+from configs.infinity_sizes import MODEL, PUBLISHED, SAMPLE, UNDECAYED, VAR, published
 
 TOKENIZER = "models/tokenizers/weights/bsq_vae_32.safetensors"
 EVALS = ("bits", "retrieval", "reconstruction", "kid", "sheets")
@@ -28,7 +29,7 @@ EVALS = ("bits", "retrieval", "reconstruction", "kid", "sheets")
 
 def get_config(arg=""):
     """The config of one variant; see the table above."""
-    args = common.parse_arg(arg, ("debug", *PUBLISHED), side=0, ratios="")
+    args = common.parse_arg(arg, ("var", "debug", *PUBLISHED), side=0, ratios="")
     variant = args.variant
     if variant in PUBLISHED:
         return published(variant, args.side, args.ratios)
@@ -57,6 +58,8 @@ def get_config(arg=""):
         checkpoint=dict(every=100, keep=2),
         log_every=50,
     )
+    if variant == "var":
+        config.update_from_flattened_dict(VAR)
     if variant == "debug":
         _debug(config)
     return config
@@ -69,4 +72,5 @@ def _debug(config):
     config.data.update(categories=("food",), vocab_size=1024)
     config.checkpoint.every = 10
     config.evaluation.update(prompts=16, sheet=8, pictures=64, batch=16, loss_batches=1)
-    config.evaluation.draw_batch = len(SAMPLE["prompts"])  # one sampler to compile for both
+    config.evaluation.draw_batch = len(SAMPLE["prompts"])  # one sampler to compile for both ...
+    config.sample.strip = False  # ... and for that it must not leave more

@@ -38,17 +38,19 @@ SAMPLE = dict(
     temperature=(1.0,),
     top_p=0.97,
     insertion=0,  # guidance on log odds (0), or behind block depth + insertion
-    ratio=1.0,  # h / w
-    strip=False,  # also draws what the picture is after each scale
+    aspect=1.0,  # h / w; published sizes take the nearest of their 15 shapes
+    strip=True,  # also draws what the picture is after each scale
 )
 
 # VAR (arXiv 2404.02905): a label's one vector instead of attention to a text, a code's index; the
 # blocks that the attention and the text's stack cost. On Infinity's tokenizer and positions.
-VAR = (
-    *("model.text.name=label", "model.transformer.cross=False", "model.transformer.head=index"),
-    "model.transformer.depth=8",
-    f"optimizer.undecayed={tuple(u for u in UNDECAYED if '/ca/' not in u)}",
-)
+VAR = {
+    "model.text.name": "label",
+    "model.transformer.cross": False,
+    "model.transformer.head": "index",
+    "model.transformer.depth": 8,
+    "optimizer.undecayed": tuple(u for u in UNDECAYED if "/ca/" not in u),
+}
 
 
 def shapes_of(ratios: str, side: int) -> tuple[tuple[float, ...], tuple[tuple[int, int], ...]]:
@@ -108,7 +110,7 @@ def published(variant: str, side: int = 0, ratios: str = ""):
         precision="bfloat16",
         remat="full",
         accumulate=1 if side == 256 else 8,  # the 2B model on 256 v5e: 5 of 16 GiB, else 31
-        sample=SAMPLE | dict(guidance=(4.0,), temperature=(0.5,)),
+        sample=SAMPLE | dict(guidance=(4.0,), temperature=(0.5,), strip=False),
         evals=("bits", "reconstruction", "sheets"),
         eval_every=10_000,
         sample_every=10_000,

@@ -57,6 +57,7 @@ def draw(config, model, params, captions, rng, *, source=None) -> np.ndarray:
             lengths[index],
             jax.random.fold_in(rng, int(index[0])),
             source=None if source is None else tuple(x[index] for x in source),
+            shown=False,
         )
         images.append(common.to_host(made.images)[:real])
     return np.concatenate(images)
@@ -98,7 +99,7 @@ def drawn(config, model, params, *, step, rng, workdir) -> Drawn:
     """The pictures of this model for `prompts(config)`; read from disk when they are there."""
     wanted = prompts(config)
     path = Path(workdir) / "eval" / "drawn.npz"
-    options = pictures.options(config, model)
+    options = pictures.options(config, model, shown=False)
     mark = _fingerprint(options, params, wanted, step, rng)
     images = _read(path, mark)
     if images is None:

@@ -92,10 +92,12 @@ def _write(draw, xy, line: Line, size: int, width: int, most: int) -> None:
 
 
 def upscale(image: np.ndarray, side: int) -> Image.Image:
-    """uint8 [h, w, 3] at `side` pixels: whole-number nearest for small ones, Lanczos down."""
+    """uint8 [h, w, 3] with `side` pixels along its longer side: nearest for small ones, Lanczos
+    down."""
     picture = Image.fromarray(np.asarray(image, np.uint8))
-    method = Image.Resampling.NEAREST if side >= picture.width else Image.Resampling.LANCZOS
-    return picture.resize((side, side), method)
+    longest = max(picture.size)
+    method = Image.Resampling.NEAREST if side >= longest else Image.Resampling.LANCZOS
+    return picture.resize([max(1, round(n * side / longest)) for n in picture.size], method)
 
 
 def picture_grid(path, title: str, sections: Sequence, *, columns: int, side: int = 96) -> None:

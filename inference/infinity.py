@@ -24,7 +24,7 @@ from models.tokenizers.quantisers.bits import code
 from models.tokenizers.quantisers.resize import resize
 
 # Keys of config.sample that say how a picture is drawn.
-SAMPLER_KEYS = ("guidance", "temperature", "top_p", "insertion", "ratio", "strip")
+SAMPLER_KEYS = ("guidance", "temperature", "top_p", "insertion", "aspect", "strip")
 
 PerScale = float | Sequence[float]  # one number for all scales, or one for each
 
@@ -92,10 +92,10 @@ def _draw_codes(hidden, head: IndexHead, keys, k, mix, *, temperature, top_p, gu
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(functions, guided, insertion, ratio, strip):
+def _compiled(functions, guided, insertion, aspect, strip):
     """Jitted sampler for one set of static choices; `functions` is a hashable predict dict."""
     predict = dict(functions)
-    layout = predict["layout"](ratio)
+    layout = predict["layout"](aspect)
     patchify, grid = layout.latents != layout.tokens, layout.latents[-1]
     branches = 2 if any(guided) else 1
 
@@ -146,13 +146,13 @@ def _compiled(functions, guided, insertion, ratio, strip):
     return jax.jit(run)
 
 
-def compiled_images(model, *, guidance: PerScale = 1.0, insertion=0, ratio=1.0, strip=False):
+def compiled_images(model, *, guidance: PerScale = 1.0, insertion=0, aspect=1.0, strip=False):
     """run(params, tokens, lengths, keys, guidance [k], temperature [k], top_p) -> Pictures, jitted
     and kept. Of the guidance only where it is not one is compiled in: rows without text are run
     only if it is anywhere."""
-    scales = len(model.predict["layout"](ratio).tokens)
+    scales = len(model.predict["layout"](aspect).tokens)
     guided = tuple(bool(g != 1) for g in per_scale(guidance, scales, "guidance"))
-    return _compiled(tuple(model.predict.items()), guided, int(insertion), float(ratio), strip)
+    return _compiled(tuple(model.predict.items()), guided, int(insertion), float(aspect), strip)
 
 
 def generate_images(
@@ -166,7 +166,7 @@ def generate_images(
     temperature: PerScale = 1.0,
     top_p: float = 1.0,
     insertion: int = 0,
-    ratio: float = 1.0,
+    aspect: float = 1.0,
     strip: bool = False,
     source=None,
 ) -> Pictures:
@@ -174,13 +174,13 @@ def generate_images(
 
     guidance: classifier-free scale (1: none); temperature: 0 takes the likelier bits; top_p: a
     value of a bit with probability up to 1 - top_p is never drawn; insertion: guidance on the log
-    odds (0) or behind block depth + insertion; ratio: height / width; strip: also what the picture
-    is after each scale.
+    odds (0) or behind block depth + insertion; aspect: height / width, of which the nearest shape
+    of the schedule is drawn; strip: also what the picture is after each scale.
     """
     if source is not None:
         raise ValueError("this model draws from text only")
-    scales = len(model.predict["layout"](ratio).tokens)
-    run = compiled_images(model, guidance=guidance, insertion=insertion, ratio=ratio, strip=strip)
+    scales = len(model.predict["layout"](aspect).tokens)
+    run = compiled_images(model, guidance=guidance, insertion=insertion, aspect=aspect, strip=strip)
     return run(
         model.predict["decoding"](params),
         tokens,

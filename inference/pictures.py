@@ -2,6 +2,9 @@
 
 from inference import infinity, unified
 
+# Keys of config.sample for a user's own pictures. Evaluators compare with the data's, in their shape.
+SHOWN = ("aspect", "strip")
+
 
 def sampler(model):
     """The module whose generate_images draws with this model."""
@@ -13,12 +16,14 @@ def only_draws(model) -> bool:
     return sampler(model) is infinity
 
 
-def options(config, model) -> dict:
+def options(config, model, *, shown: bool = True) -> dict:
     """Keyword arguments of generate_images that config.sample sets."""
-    return {k: config.sample[k] for k in sampler(model).SAMPLER_KEYS if k in config.sample}
+    keys = [k for k in sampler(model).SAMPLER_KEYS if shown or k not in SHOWN]
+    return {k: config.sample[k] for k in keys if k in config.sample}
 
 
-def generate(config, model, params, tokens, lengths, rng, *, source=None):
-    """One picture per right-padded prompt, drawn as config.sample says."""
-    draw = sampler(model).generate_images
-    return draw(model, params, tokens, lengths, rng, source=source, **options(config, model))
+def generate(config, model, params, tokens, lengths, rng, *, source=None, shown: bool = True):
+    """One picture per right-padded prompt, drawn as config.sample says; shown=False: in the data's
+    shape whatever it says, and nothing beside the picture."""
+    draw, settings = sampler(model).generate_images, options(config, model, shown=shown)
+    return draw(model, params, tokens, lengths, rng, source=source, **settings)

@@ -12,7 +12,8 @@ from input_pipeline import layout, text_embeddings
 
 
 def write(config, model, params, *, tokenizer, step, rng, workdir) -> None:
-    """Draw config.sample.prompts into samples/prompts-<step>.png, as the loop does on its way.
+    """Draw config.sample.prompts into samples/prompts-<step>.png, as the loop does on its way, and
+    with config.sample.strip how they grew into prompts-<step>-scales.png.
 
     A language model continues them in samples/prompts-<step>.txt.
     """
@@ -26,6 +27,7 @@ def write(config, model, params, *, tokenizer, step, rng, workdir) -> None:
     folder = Path(workdir) / "samples"
     if jax.process_index() == 0:
         _sheet(folder / f"prompts-{step}.png", f"step {step}", prompts, drawn.images)
+        _strip(folder / f"prompts-{step}-scales.png", f"step {step}", prompts, drawn)
 
 
 def respond(config, model, params, *, tokenizer, step, rng, workdir, prompts, images) -> list[Path]:
@@ -114,11 +116,7 @@ def _write_drawn(config, model, params, tokenizer, prompts, rng, folder, step):
     record = [{"prompt": p, "file": f.name} for p, f in zip(prompts, files[1:])]
     if hasattr(drawn, "order"):  # of a picture's tokens, one after the other
         record = [r | {"order": o.tolist()} for r, o in zip(record, np.asarray(drawn.order))]
-    if getattr(drawn, "strip", None) is not None:
-        files.append(folder / f"sample-{step}-scales.png")
-        cells = list(zip(np.asarray(drawn.strip).swapaxes(0, 1), prompts))
-        title = f"step {step}: after each scale"
-        drawing.picture_grid(files[-1], title, [("drawn from the captions", cells)], columns=2)
+    files += _strip(folder / f"sample-{step}-scales.png", f"step {step}", prompts, drawn)
     files.append(folder / f"sample-{step}.json")
     files[-1].write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     return files
@@ -155,6 +153,16 @@ def _write_edits(config, model, params, tokenizer, prompts, images, rng, folder,
     out = folder / f"edit-{step}.png"
     drawing.picture_grid(out, f"step {step}: before, after", [("edits", cells)], columns=4)
     return [out]
+
+
+def _strip(path, title, prompts, drawn) -> list[Path]:
+    """A sheet of the pictures after each scale, where the sampler was asked for them."""
+    if getattr(drawn, "strip", None) is None:
+        return []
+    cells = list(zip(np.asarray(drawn.strip).swapaxes(0, 1), prompts))
+    sections = [("drawn from the captions", cells)]
+    drawing.picture_grid(path, f"{title}: after each scale", sections, columns=2)
+    return [path]
 
 
 def _sheet(path, title, prompts, images) -> Path:

@@ -35,7 +35,13 @@ from models.infinity import (
 from models.infinity_scales import Rope2d, rope2d, scale_ids, scale_weights
 from models.tokenizers import discrete, discrete_weights
 from models.tokenizers.autoencoder import to_float
-from models.tokenizers.quantisers.schedules import RATIOS, Schedule, dynamic, tokens
+from models.tokenizers.quantisers.schedules import (
+    RATIOS,
+    Schedule,
+    dynamic,
+    nearest_ratio,
+    tokens,
+)
 from models.tokenizers.quantisers.self_correction import draw_flips, self_correction
 
 CORRECTIONS = ("self", "random", "none")
@@ -345,16 +351,13 @@ def read_config(config) -> tuple[InfinityConfig, infinity_text.TextEncoder]:
 
 
 def grid_for(config, cfg: InfinityConfig, ratio: float) -> tuple[int, int]:
-    """Grid of latents of pictures with h / w = ratio and about image_size^2 pixels."""
+    """Grid of latents of pictures of about image_size^2 pixels with h / w = ratio, or the nearest
+    that the schedule has."""
     side, patch = config.data.image_size // cfg.tokenizer.stride, 2 if cfg.patchify else 1
     if not cfg.tokenizer.schedule.startswith("dynamic"):
         return round(side * math.sqrt(ratio)), round(side / math.sqrt(ratio))
     scales = len(dynamic((side // patch,) * 2))
-    if ratio not in RATIOS:
-        raise ValueError(
-            f"config.model.ratios has {ratio}: allowed are {', '.join(map(str, sorted(RATIOS)))}"
-        )
-    return tuple(n * patch for n in RATIOS[ratio][scales - 1])
+    return tuple(n * patch for n in RATIOS[nearest_ratio(ratio)][scales - 1])
 
 
 def text_spec(config, text: infinity_text.TextEncoder) -> dict[str, jax.ShapeDtypeStruct]:
@@ -378,6 +381,9 @@ def batch_specs(config, system: System) -> dict[str, dict[str, jax.ShapeDtypeStr
         raise ValueError("config.data.mix: this model draws only; caption and vqa must be 0")
 
     def spec(ratio):
+        if cfg.tokenizer.schedule.startswith("dynamic") and ratio not in RATIOS:
+            allowed = ", ".join(map(str, sorted(RATIOS)))
+            raise ValueError(f"config.model.ratios has {ratio}: allowed are {allowed}")
         sides = (n * cfg.tokenizer.stride for n in grid_for(config, cfg, ratio))
         image = jax.ShapeDtypeStruct((rows, *sides, 3), jnp.uint8)
         return text_spec(config, system.text) | {"gen_image": image}

@@ -351,9 +351,9 @@ def _picture(config, built: Built) -> tuple:
     from inference.infinity import compiled_images, per_scale
 
     sample, model = config.sample, built.model
-    options = dict(guidance=sample.guidance, insertion=sample.insertion, ratio=sample.ratio)
+    options = dict(guidance=sample.guidance, insertion=sample.insertion, aspect=sample.aspect)
     run = compiled_images(model, **options)
-    scales = len(model.predict["layout"](sample.ratio).tokens)
+    scales = len(model.predict["layout"](sample.aspect).tokens)
     guidance, temperature = (
         per_scale(sample[key], scales, key) for key in ("guidance", "temperature")
     )

@@ -75,3 +75,8 @@ def test_cells_hold_the_pictures_unchanged(tmp_path):
         pixels = np.asarray(sheet)
     found = pixels[58 : 58 + 16 : 2, 8 : 8 + 16 : 2]
     np.testing.assert_array_equal(found, image)
+
+
+def test_pictures_keep_their_shape():
+    assert drawing.upscale(np.zeros((8, 4, 3)), 16).size == (8, 16)  # width, height
+    assert drawing.upscale(np.zeros((32, 64, 3)), 16).size == (16, 8)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from inference import infinity as sampler
+from inference import pictures
 from kernels.bitwise.bits import unpack
 from models import infinity_build
 from models.blocks.common import row_keys
@@ -130,6 +131,22 @@ def test_rows_draw_alone(head):
     """A row's picture depends on its prompt and its key, not on the batch around it."""
     order = np.arange(8)[::-1]
     np.testing.assert_array_equal(drawn(order=order, head=head).bits[order], drawn(head=head).bits)
+
+
+def test_pictures_of_another_shape():
+    """aspect: height / width; evaluators draw in the data's shape whatever it is."""
+    model, params = case.tiny()
+    batch = case.batch_of(model)
+    asked = (params, batch["gen_tokens"], batch["gen_length"], jax.random.key(0))
+    got = sampler.generate_images(model, *asked, aspect=2.25)
+    assert got.images.shape == (8, 24, 12, 3) and got.strip is None
+    scales = model.predict["layout"](2.25).latents
+    assert scales[-1] == (6, 3)
+    latents = sum(resize(code(b), (6, 3)) for b in unpack_scales(got.bits, scales, 8))
+    np.testing.assert_allclose(got.latents, latents, atol=1e-6)
+    config = case.tiny_config(sample__aspect=2.25, sample__strip=True)
+    drawn = pictures.generate(config, model, *asked, shown=False)
+    assert drawn.images.shape == (8, 16, 16, 3) and drawn.strip is None
 
 
 def test_index_head_draws_codes():

@@ -383,6 +383,8 @@ def test_buckets_of_aspect_ratios():
     batches = MODELS["infinity"](config).batches
     sides = {k: v["gen_image"].shape[1:3] for k, v in batches.items()}
     assert sides == {"1": (256, 256), "1.5": (336, 224), "0.666": (224, 336)}
+    layout = MODELS["infinity"](config).predict["layout"]
+    assert layout(0.7) == layout(0.666) and layout(9.0) == layout(3.0)  # drawing: the nearest
     config.model.ratios = (1.1,)
     with pytest.raises(ValueError, match="config.model.ratios has 1.1: allowed are 0.333"):
         MODELS["infinity"](config)
