@@ -15,8 +15,10 @@ Data: OpenMoji glyphs with their CLDR names. The tokenizer is that of configs/bs
 | 8b | 8.4 B on 14 bits of 2 x 2 latents | pods |
 | 20b | 20 B, in the official code only | pods |
 
-Published sizes take side=256, 512 or 1024, the stages in turn (init_from the one before), and
-ratios=all, the paper's 15 shapes (or some: ratios=1+1.5+0.666): 2b,side=256,ratios=all.
+Published sizes need a trained tokenizer, init_from=vae=DIR, of configs/bsq_vae.py or published
+(docs/results/infinity.md, fine-tuning). They take side=256, 512 or 1024, the stages in turn
+(init_from the one before), and ratios=all, the paper's 15 shapes (or some: ratios=1+1.5+0.666):
+2b,side=256,ratios=all.
 """
 
 from configs import common

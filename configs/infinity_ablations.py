@@ -9,42 +9,41 @@ command goes on. Leaves report.md, report.json and report.png in the workdir.
 | variant | compares | expected sign |
 | --- | --- | --- |
 | (none), correction | teacher forcing, random flips, self-correction | self-correction the best |
-| decoding | guidance, pyramid, guidance on hidden states, greedy | optimum inside, greedy worst |
+| decoding | guidance, pyramid, on hidden states, temperatures, greedy | optimum inside, greedy worst |
 | bits | 8, 16, 32 bits, each with a small and a smaller model | more bits want the larger |
 | index | 10 bits: a decision each (Infinity), one of 1,024 codes, and VAR | bits no worse |
-| systems | UniFluid, Infinity and VAR: equal parameters, the same pictures | none stated |
+| systems | UniFluid, Infinity, VAR: equal parameters, equal pictures or tokens | none stated |
 | debug | two corrections, debug models | two minutes |
 """
 
 from configs import common
-from configs.infinity_sizes import VAR
+from configs.infinity_sizes import VAR as INSTEAD
 from configs.runs import SEEDS, ablation
 
 CONFIG = "configs/infinity.py"
-PICTURES = (
-    "retrieval/train_top1_latent",
-    "retrieval/train_top1_classifier",
-    "kid/kid",
-)
+PICTURES = ("retrieval/train_top1_latent", "retrieval/train_top1_classifier", "kid/kid")
 BITS = (
     "bits/train_accuracy",
     "bits/train_corrupted_accuracy",
     "bits/train_corrupted_kept_accuracy",
     "bits/train_nll",
     "bits/held_out_nll",
+    "bits/head_bytes",
 )
 CORRECTIONS = {
-    f"{name}": (f"model.correction={value}",)
-    for name, value in {
-        "teacher forcing": "none", "random flips": "random", "self-correction": "self",
-    }.items()
-}  # fmt: skip
+    "teacher forcing": ("model.correction=none",),
+    "random flips": ("model.correction=random",),
+    "self-correction": ("model.correction=self",),
+}
+EVALS = 'evals=("retrieval","kid")'
 SHORT = ('evals=("bits","retrieval","kid")', "sample.prompts=()")
 # Guidance of the hidden states is in front of the last two blocks.
 DECODING = {
     **{f"guidance {g}": (f"sample.guidance=({g}.0,)",) for g in (1, 2, 3, 4, 6)},
     "pyramid 1 to 5": ("sample.guidance=(1.0,2.3333333,3.6666667,5.0)",),
     "guidance 3 on hidden states": ("sample.guidance=(3.0,)", "sample.insertion=-2"),
+    **{f"temperature {t}": (f"sample.temperature=({t},)",) for t in (0.5, 0.7)},
+    "temperature 1 to 0.5": ("sample.temperature=(1.0,0.83,0.67,0.5)",),
     "greedy": ("sample.guidance=(1.0,)", "sample.temperature=(0.0,)"),
 }
 SIZES = {
@@ -52,12 +51,14 @@ SIZES = {
     "smaller": ("model.transformer.width=96", "model.transformer.depth=3"),
 }
 
-# Only captions to pictures, and as many of them: what the others see of the data. Its ViT, 0.4 of
-# 3.4 M parameters, has nothing to do then and is not counted.
-UNIFLUID = (
-    *("data.mix.caption=0.0", "data.mix.vqa=0.0", "steps=1500", "batch_size=32"),
-    *("schedule.decay=500", 'evals=("retrieval","kid")'),
-)
+# Only captions to pictures: what the others see of the data. Its ViT, 0.4 of 3.4 M parameters, has
+# nothing to do then and is not counted. A picture is 16 of its tokens and 85 of the others'.
+UNIFLUID = ("data.mix.caption=0.0", "data.mix.vqa=0.0", "batch_size=32", EVALS)
+UNIFLUIDS = {
+    f"UniFluid, as many {what}": (*UNIFLUID, f"steps={steps}", f"schedule.decay={steps // 3}")
+    for what, steps in {"pictures": 1500, "tokens": 1500 * 85 // 16}.items()
+}
+VAR = tuple(f"{key}={value}" for key, value in INSTEAD.items())
 VARIANTS = ("correction", "decoding", "bits", "index", "systems", "debug")
 
 
@@ -83,7 +84,7 @@ def get_config(arg=""):
 def _decoding():
     """One training a seed; the other runs draw from its weights (one step at a rate of 0)."""
     config = ablation(CONFIG, {"guidance 3": ()}, SHORT, PICTURES)
-    drawing = ('evals=("retrieval","kid")', "sample.prompts=()", "steps=1", "optimizer.lr=0.0")
+    drawing = (EVALS, "sample.prompts=()", "steps=1", "optimizer.lr=0.0")
     runs = []
     for seed in SEEDS:
         source = f"init_from={{workdir}}/guidance 3/seed{seed}"
@@ -99,7 +100,7 @@ def _systems():
     """VAR on a tokenizer of its own, the others on the weights that ship."""
     config = _bits((10,), {"VAR": VAR})
     config.runs += ablation(CONFIG, {"Infinity": ()}, SHORT).runs
-    config.runs += ablation("configs/uniflud.py", {"UniFluid": UNIFLUID}, SHORT).runs
+    config.runs += ablation("configs/uniflud.py", UNIFLUIDS, SHORT).runs
     config.evaluation.table.metrics = PICTURES
     return config
 

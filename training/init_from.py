@@ -36,6 +36,15 @@ def load(config, model, params: Any) -> dict[str, jax.Array]:
     return loaded
 
 
+def random_parts(config, loaded: dict) -> list[str]:
+    """What config.objective.freeze holds still though no weight of it was loaded."""
+    return [
+        part
+        for part in config.objective.freeze
+        if not any(path == part or path.startswith(f"{part}/") for path in loaded)
+    ]
+
+
 def parse(text: str) -> dict[str, str]:
     """'vae=A,gemma=B' -> {'vae': 'A', 'gemma': 'B'}; 'A' -> {'': 'A'}."""
     entries = {}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax.linen import meta
 
+from export.files import save_safetensors
 from export.weights import from_published, to_published
 from inference.infinity import generate_images
 from kernels.bitwise import bitwise_cross_entropy
@@ -20,6 +21,12 @@ from models.infinity_scales import rope_positions, scale_ids, scale_weights
 from models.tokenizers.quantisers import schedules
 from tests.golden import recipes
 from tests.models import infinity_case as case
+from training import init_from, loop, state
+from training.objectives import OBJECTIVES
+from training.setup import load_for_use
+from training.sharding import make_mesh, scope
+from training.step import build_train_step, jit_train_step
+from training.tree import flat
 
 
 @pytest.fixture(scope="module")
@@ -453,3 +460,72 @@ def test_checks_10_and_14_eight_devices_equal_one():
     found = dict(line.split(" ") for line in run.stdout.splitlines())
     assert found.keys() == {"losses", "images"}
     assert float(found["losses"]) < 1e-5 and float(found["images"]) == 0
+
+
+def test_fine_tuning_from_published_files(tmp_path):
+    """init_from=transformer=FILE,vae=FILE with the official names: adapters and their averages
+    train beside those weights."""
+    model, params = case.tiny()
+    for part in ("transformer", "vae"):
+        names = model.weights.parts[part]
+        save_safetensors(tmp_path / f"{part}.safetensors", to_published(params[part], names))
+    config = case.tiny_config(
+        init_from=",".join(f"{p}={tmp_path / p}.safetensors" for p in ("transformer", "vae")),
+        objective__name="low_rank",
+        objective__leaves=("transformer/layers/*kernel",),
+        ema__decay=0.9,
+    )
+    objective = OBJECTIVES["low_rank"](model, config)
+    mesh = make_mesh(config.mesh)
+    with scope(mesh):
+        plan = state.plan(model, objective, config, mesh)
+        loaded = init_from.load(config, model, plan.params)
+        now, frozen = state.create(plan, state.key_for(config, state.INIT), loaded)
+        for part in ("transformer", "vae"):
+            jax.tree.map(np.testing.assert_array_equal, frozen["params"][part], params[part])
+        step = jit_train_step(build_train_step(model, objective, plan, config), plan)
+        batch = case.batch_of(model)
+        batch.pop("example")
+        for _ in range(2):
+            now, metrics = step(now, frozen, batch)
+    averages = {k: np.abs(v).max() for k, v in now["ema"].items() if k.endswith("/b")}
+    assert len(averages) > 5 and min(averages.values()) > 0 and np.isfinite(metrics["loss"])
+
+
+def test_check_12_64_bits_in_a_loss_and_a_picture():
+    """Two words a token, through self-correction, transformer, head and sampler; no 64-bit type."""
+    config = case.tiny_config()
+    config.model.tokenizer.z = 64
+    model = MODELS["infinity"](config)
+    params = meta.unbox(jax.jit(model.init)(jax.random.key(0))[0])
+    batch = case.batch_of(model)
+
+    def loss(params):
+        given = model.norms(batch)
+        return model.loss(params, {}, batch, jax.random.key(1), step=0, norms=given)[0]
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    assert float(value) == pytest.approx(np.log(2), rel=0.2)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+    asked = (params, batch["gen_tokens"], batch["gen_length"], jax.random.key(2))
+    drawn = generate_images(model, *asked)
+    assert drawn.bits.dtype == np.uint32 and drawn.bits.shape == (8, 21, 2)
+    assert all(x.dtype.itemsize <= 4 for x in jax.tree.leaves((drawn, gradients)))
+
+
+def test_check_14_a_resumed_run_is_the_same(tmp_path):
+    """Two steps and two after a new start are four steps, bit by bit."""
+
+    def train(folder, steps):
+        config = case.load_config("configs/infinity.py:debug", f"steps={steps}", "evals=()")
+        with config.unlocked():
+            config.schedule.name, config.log_every = "constant", 1
+            config.batch_size, config.sample.prompts, config.checkpoint.every = 8, (), 2
+            config.model.transformer.update(width=32)
+        loop.train(config, tmp_path / folder)
+        return flat(load_for_use(config, tmp_path / folder)[1])
+
+    train("stopped", 2)
+    resumed, whole = train("stopped", 4), train("whole", 4)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(resumed[name], value, err_msg=name)

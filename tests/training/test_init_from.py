@@ -114,6 +114,15 @@ def test_from_a_run_takes_its_running_statistics(tmp_path):
         np.testing.assert_allclose(loaded[name], value + moved, rtol=1e-6)
 
 
+def test_a_frozen_part_that_nothing_loads_is_named(toy, reference, tmp_path, capsys):
+    """A transformer on a random tokenizer learns nothing that anybody wants."""
+    freeze = dict(objective__freeze=("trunk",))
+    toy.train(tmp_path / "random", **freeze)
+    assert "warning: 'trunk' is frozen as it starts, at random" in capsys.readouterr().out
+    toy.train(tmp_path / "loaded", init_from=str(reference[0]), **freeze)
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_frozen_parts_are_loaded_before_they_freeze(toy, reference):
     config = toy.config(init_from=str(reference[0]), objective__freeze=("trunk",))
     _, frozen = first_state(config)
