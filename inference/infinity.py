@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from inference.text import keep_likely
+from kernels import shard
 from kernels.bitwise import sample_bits
 from kernels.bitwise.bits import unpack
 from models.blocks.common import row_keys
@@ -181,12 +182,22 @@ def generate_images(
         raise ValueError("this model draws from text only")
     scales = len(model.predict["layout"](aspect).tokens)
     run = compiled_images(model, guidance=guidance, insertion=insertion, aspect=aspect, strip=strip)
-    return run(
+    rows = tokens.shape[0]
+    # Rows that devices do not divide would lie whole on each of them, with their caches.
+    spare = -rows % shard.size(shard.mesh_axes("batch"))
+    if spare:
+        tokens, lengths = (jnp.concatenate([x, x[:1].repeat(spare, 0)]) for x in (tokens, lengths))
+    drawn = run(
         model.predict["decoding"](params),
         tokens,
         lengths,
-        row_keys(rng, jnp.arange(tokens.shape[0])),
+        row_keys(rng, jnp.arange(rows + spare)),
         per_scale(guidance, scales, "guidance"),
         per_scale(temperature, scales, "temperature"),
         jnp.float32(top_p),
     )
+    if not spare:
+        return drawn
+    images, bits, latents, strip_ = drawn
+    cut = (x[:rows] for x in (images, bits, latents))
+    return Pictures(*cut, None if strip_ is None else strip_[:, :rows])

@@ -2,7 +2,7 @@
 
 from inference import infinity, unified
 
-# Keys of config.sample for a user's own pictures. Evaluators compare with the data's, in their shape.
+# Keys of config.sample for a user's own pictures. Evaluators draw in the shape of the data's.
 SHOWN = ("aspect", "strip")
 
 

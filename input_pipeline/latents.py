@@ -1,5 +1,6 @@
 """VAE moments of every picture, computed once per data set and weights, then memory-mapped."""
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -26,8 +27,13 @@ def weights_path(data, key: str) -> Path:
 def weights_digest(path: Path) -> str:
     """Changes with any byte of a file, or of the files of a folder."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return _digest(tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+
+
+@functools.lru_cache(maxsize=8)  # an encoder of gigabytes is asked about for every shape and split
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for name in files:
+    for name, *_ in files:
         with open(name, "rb") as file:
             while block := file.read(2**24):
                 digest.update(block)
