@@ -2,7 +2,7 @@
 
     python main.py --config=configs/curate.py --config.data.path=FOLDER --workdir=OUT
     python main.py --config=configs/uniflud.py --config.data.source=folder \\
-        --config.data.path=OUT/dataset
+        --config.data.captioned=folder --config.data.mix.vqa=0.0 --config.data.path=OUT/dataset
 
 FOLDER holds jpg, png or webp files, each with a .txt of its caption beside it, or one
 captions.jsonl. Variants: `:openmoji` runs on the OpenMoji set (no folder needed), `:debug` on its

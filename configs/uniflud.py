@@ -9,7 +9,7 @@ Data: OpenMoji glyphs with their CLDR names in 14 languages and scenes composed 
 | --- | --- | --- |
 | (none) | some glyphs and scenes, 32 px in 16 tokens, 3 M parameters | 2 CPU cores, 9 minutes |
 | debug | the same with a tiny model, a few steps | a minute at first, then less |
-| full | all glyphs, 64 px in 16 tokens; more scenes, packed questions | 2 CPU cores, 4 hours |
+| full | all glyphs, 64 px in 16 tokens; more scenes, packed questions | 2 CPU cores, 4.6 hours |
 | edit | edits of composed scenes, from the weights of the default run | minutes |
 | 0.7b, 2b | the paper's sizes, 256 px, your own pictures (config.data.path) | TPU or GPU pods |
 """

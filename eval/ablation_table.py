@@ -1,7 +1,8 @@
 """Report of the task `runs`: one row per group of runs, mean ± spread over its seeds.
 
 Runs are named "GROUP/seedN"; a run's numbers are those of the newest file in its eval/ folder and,
-under "train/", those it logged last. Groups that have no such number leave the cell empty. Writes report.md, report.json and report.png into the workdir of the task.
+under "train/", those it logged last. Groups that have no such number leave the cell empty. Writes
+report.md, report.json and report.png into the workdir of the task.
 """
 
 import re
@@ -108,6 +109,10 @@ def _plot(path: Path, title, columns, summary, levels):
             axes = figure.add_subplot(down, across, i + 1)
             cells = {x: summary[name][column] for x, name in enumerate(names)}
             cells = {x: c for x, c in cells.items() if c}
+            axes.set_title(column, fontsize=9)
+            axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
+            if not cells:
+                continue
             means, spreads = zip(*((c["mean"], c["std"] or 0.0) for c in cells.values()))
             axes.errorbar(list(cells), means, spreads, marker="o", capsize=3)
             for x, c in cells.items():
@@ -116,8 +121,6 @@ def _plot(path: Path, title, columns, summary, levels):
                 if column in values:
                     axes.axhline(values[column], ls=":", color="tab:red", label=suffix)
                     axes.legend(fontsize=7)
-            axes.set_title(column, fontsize=9)
-            axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
         figure.suptitle(title)
 
 

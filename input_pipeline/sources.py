@@ -19,6 +19,11 @@ def names(data, which: str = "") -> list[str]:
             raise ValueError(
                 f"config.data.{key}={value!r}: {name!r} is none of {', '.join(LOADERS)}"
             )
+    if strange := sorted(set(found) - set(data.source.split("+"))):  # not what a user gave
+        raise ValueError(
+            f"config.data.captioned={which!r}: {strange[0]!r} is no part of "
+            f"config.data.source={data.source!r}; give both"
+        )
     return found
 
 

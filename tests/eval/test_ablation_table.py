@@ -71,5 +71,9 @@ def test_what_training_logged_last_is_a_column(workdir):
     assert data["groups"]["lam_0.05"]["train/usage"]["mean"] == pytest.approx(0.6)
     assert data["groups"]["lam_0.005"]["train/usage"] is None
     assert "| lam_0.005 | 2 | 0.5 ± 0.14 |  |" in (workdir / "report.md").read_text()
+    (workdir / "lam_1/seed1/metrics.jsonl").unlink()  # no group whole: an empty panel
+    (workdir / "lam_0.05/seed1/metrics.jsonl").unlink()
+    _, data = report(config_of(metrics=("train/usage",)), workdir)
+    assert {g["train/usage"] for g in data["groups"].values()} == {None}
     report(config_of(), workdir)
     assert "train/" not in (workdir / "report.md").read_text()

@@ -114,6 +114,11 @@ def test_a_source_without_questions_is_explained(make_config):
         build(make_config(source="openmoji"))
     with pytest.raises(ValueError, match="config.data.source='open': 'open' is none of openmoji"):
         build(make_config(source="open"))
+    # A user's own pictures would be neither drawn nor captioned.
+    with pytest.raises(
+        ValueError, match="captioned='openmoji': 'openmoji' is no part of .*'scenes'"
+    ):
+        build(make_config(source="scenes", captioned="openmoji"))
 
 
 @pytest.mark.parametrize("count", [2, 4])
