@@ -20,10 +20,8 @@ from configs.runs import ablation
 
 TOKENIZER = "model.tokenizer."
 SCORES = ("psnr", "ssim", "lpips", "kid")
-COLUMNS = (
-    *(f"reconstruction/{set_}{s}" for set_ in ("", "photos_") for s in SCORES),
-    "train/code_perplexity",  # of the last batch's tokens
-)
+COLUMNS = tuple(f"reconstruction/{set_}{s}" for set_ in ("", "photos_") for s in SCORES)
+USED = "train/code_perplexity"  # of the last batch's tokens
 REAL = (
     "steps=1500",
     "data.source=openmoji+scenes+photos",
@@ -51,7 +49,8 @@ def get_config(arg=""):
             "KL, 16 channels": ("configs/kl_vae.py:64", ("init_from=",)),
         }
         lists = [
-            ablation(spec, {name: more}, REAL, COLUMNS) for name, (spec, more) in specs.items()
+            ablation(spec, {name: more}, REAL, (*COLUMNS, USED))
+            for name, (spec, more) in specs.items()
         ]
         lists[0].runs = tuple(run for one in lists for run in one.runs)
         return lists[0]

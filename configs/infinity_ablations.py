@@ -9,7 +9,7 @@ command goes on. Leaves report.md, report.json and report.png in the workdir.
 | variant | compares | expected sign |
 | --- | --- | --- |
 | (none), correction | teacher forcing, random flips, self-correction | self-correction the best |
-| decoding | guidance, pyramid, on hidden states, temperatures, greedy | optimum inside, greedy worst |
+| decoding | guidance, also pyramid and on states; temperature | optimum inside, greedy worst |
 | bits | 8, 16, 32 bits, each with a small and a smaller model | more bits want the larger |
 | index | 10 bits: a decision each (Infinity), one of 1,024 codes, and VAR | bits no worse |
 | systems | UniFluid, Infinity, VAR: equal parameters, equal pictures or tokens | none stated |
