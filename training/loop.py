@@ -90,7 +90,7 @@ class _Loop:
             rng = state.key_for(self.config, state.INIT)
             loaded = init_from.load(self.config, run.model, run.plan.params)
             for part in init_from.random_parts(self.config, loaded):
-                say(f"warning: {part!r} is frozen as it starts, at random: init_from has none of it")
+                say(f"warning: {part!r} is frozen as it starts, at random: nothing loads it")
             self.state, self.frozen = state.create(run.plan, rng, loaded)
             self.frozen_name = save_frozen(workdir, self.frozen)
             self.done = 0
