@@ -48,7 +48,7 @@ def base(**overrides: Any) -> ConfigDict:
                 warmup=0,  # steps of linear warm-up
                 final=0.0,  # last lr over the peak (cosine, wsd)
                 decay=0,  # steps of the closing decay (wsd; to 0: exp_linear, cosine)
-                shape="linear",  # of wsd's decay: linear | exponential | sqrt
+                shape="linear",  # of wsd's decay: linear | exponential | sqrt | sqrt_cube
                 cycles=(0,)[:0],  # wsd: steps up to which it also decays, to go on at the peak
                 rate=0.1,  # exp_linear: the lr is this share of the peak ...
                 rate_steps=1000,  # ... at this step, falling since the warm-up

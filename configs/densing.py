@@ -17,15 +17,15 @@ held-out sizes as their losses give them back, and each family's density at equa
 | debug | eight tiny runs of a few steps, then the report | minutes |
 | fit | the report of a table of scores, or of a ladder's target, or both | seconds |
 | xlstm, hymba | one run of 20 N tokens times multiplier | a CPU core, a minute |
+| 0.005b, 0.03b, 0.1b, 0.2b, 0.4b, 0.8b | the same of the paper's reference | accelerators |
 
-fit takes table= (a CSV with a row a model) and dates= (a CSV of release dates), runs= and folder=
-as configs/ladder.py:fit does.
+fit takes table= (a CSV with a row a model) and dates= (a CSV of release dates), runs=, folder= and
+family= as configs/ladder.py:fit does. The paper trains its reference with multiplier=0.5 to 3.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common, hymba, ladder, ladder_runs, language, xlstm
-from configs.ladder_tasks import fit_options, olmes
+from configs import common, densing_reference, hymba, ladder, ladder_runs, language, xlstm
 from configs.rungs import TINY_BATCH, recipe
 
 SMALL = dict(vocab_size=512, length=256)
@@ -45,6 +45,9 @@ MIXTURES = (
     ("deepseek-ai/DeepSeek-V2", 21.0, 236.0),
     ("ai21labs/Jamba-v0.1", 12.0, 52.0),
 )
+COLUMNS = dict(  # dated: the model's name in the file of dates
+    model="Model", family="Model Family", size="Model Size (B)", date="release_date", dated="model"
+)
 FLOORS = (
     ("MMLU", 0.25), ("ARC-C", 0.25), ("HellaSwag", 0.25), ("Winograd", 0.5), ("XWinograd", 0.5),
     ("GSM8K", 0.0), ("HumanEval", 0.0),
@@ -53,10 +56,13 @@ FLOORS = (
 
 def get_config(arg=""):
     """The config of one variant; see the table above."""
+    sizes = densing_reference.REFERENCE
     a = common.parse_arg(
-        arg, ("debug", "fit", *NODES), multiplier=1.0, table="", dates="", runs="", folder="",
-        steps=0,
+        arg, ("debug", "fit", *NODES, *sizes), multiplier=1.0, table="", dates="", runs="",
+        folder="", family="", steps=0,
     )  # fmt: skip
+    if a.variant in sizes:
+        return densing_reference.training(a.variant, a.multiplier)
     if a.variant in NODES:
         return _family(a.variant, a.multiplier, a.steps)
     if a.variant == "fit":
@@ -97,13 +103,7 @@ def _fit(a) -> dict:
     return dict(
         table=a.table,  # CSV: a row a model; "" = no trend
         dates=a.dates,  # CSV of model and release date; "" = a column of the table
-        columns=dict(
-            model="Model",
-            family="Model Family",
-            size="Model Size (B)",
-            date="release_date",
-            dated="model",  # the model's name in the file of dates
-        ),
+        columns=COLUMNS,
         metrics=("MMLU",),  # their mean is the score
         floors=FLOORS,  # (metric, score of guessing)
         reference="Qwen1.5",  # family whose sizes are the reference
@@ -116,5 +116,5 @@ def _fit(a) -> dict:
         level=0.9,
         sensitivity=True,  # the table over families, metrics and envelopes
         d0=(1e12,),  # tokens at which a ladder's target is measured, besides its own
-        ladder=fit_options(olmes(), runs=a.runs, folder=a.folder),
+        ladder=ladder.get_config(f"fit,runs={a.runs},folder={a.folder},family={a.family}").fit,
     )

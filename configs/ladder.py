@@ -7,7 +7,7 @@ Aims at the table of arXiv 2412.04403 (OLMo 2 7B-4T from 16 runs: 3.8 points, 5.
 over eight tasks). The default trains a tiny ladder of this codebase's own on text, six sizes by
 three budgets with three seeds; the two largest are held out. Then both steps of the prediction,
 size and tokens to bits per byte and bits per byte to accuracy, with intervals and with what speaks
-against them: report.md, report.json, ladder.png. A killed command goes on where it was.
+against them: ladder.md, ladder.json, ladder.png. A killed command goes on where it was.
 
 | variant | does | where, how long |
 | --- | --- | --- |
@@ -20,7 +20,8 @@ against them: report.md, report.json, ladder.png. A killed command goes on where
 | 31k, 49k, 72k, 98k, 136k, 180k | one run of the tiny ladder | a CPU core, a minute |
 
 A run of another budget: configs/ladder.py:190m,multiplier=10 (times 20 N tokens). R is a folder of
-runs of this codebase, or a JSON list of runs with CSV files as the paper's authors published them
+runs of this codebase, or of the runs.json that a report leaves (family=llama keeps one of several
+families), or a JSON list of runs with CSV files as the paper's authors published them
 (eval/scaling/ladder_data.py; folder=DIR says where the files are; loss=c4 goes through C4's loss).
 """
 
@@ -39,7 +40,7 @@ VARIANTS = ("debug", "fit", "paper", *PUBLISHED, *ladder_runs.TARGETS, *TINY)
 def get_config(arg=""):
     """The config of one variant; see the table above."""
     a = common.parse_arg(
-        arg, VARIANTS, multiplier=1.0, runs="runs/ladder", folder="", loss="bpb", steps=0
+        arg, VARIANTS, multiplier=1.0, runs="runs/ladder", folder="", family="", loss="bpb", steps=0
     )
     if a.multiplier <= 0:
         raise ValueError(f"config argument multiplier={a.multiplier} must be > 0")
@@ -51,7 +52,9 @@ def get_config(arg=""):
         own = not a.runs.endswith(".json")
         tasks = OWN if own else olmes(a.loss)
         config = common.base(task="fit", evals=("ladder",))
-        config.fit = fit_options(tasks, runs=a.runs, folder=a.folder, **smoothing(own))
+        config.fit = fit_options(
+            tasks, runs=a.runs, folder=a.folder, family=a.family, **smoothing(own)
+        )
         return config
     if a.variant == "paper":
         names = [(s, m) for s in PAPER["sizes"] for m in PAPER["multipliers"]]
@@ -77,5 +80,5 @@ def _runs(names, seeds, fit: dict) -> ConfigDict:
         for size, m in names
     )
     config = common.base(task="runs", runs=runs, report="ladder")
-    config.fit = fit
+    config.fit = fit | dict(family="llama")  # of the runs in a folder
     return config

@@ -7,7 +7,7 @@ schedule, with the momentum law (arXiv 2408.11029) and a law of the step count b
 
 | variant | does | where, how long |
 | --- | --- | --- |
-| (none) | trains a 0.1 M Llama under five schedules, three seeds; fits three, predicts two, trains the optimised schedule, one report | 2 quiet CPU cores, 20 minutes |
+| (none) | trains a 0.1 M Llama under five schedules, three seeds; fits three, predicts two, trains the optimised schedule, one report | 21 minutes of CPU |
 | files | fits the curves you name; see below | seconds |
 | published | the same on the paper's curves (config.fit.curves), by its recipe and converged | under a minute |
 | debug | the default with few steps and one seed | under a minute |

@@ -122,9 +122,12 @@ def _wsd(s, total: int) -> Callable:
             fall = lambda x: s.final**x  # noqa: E731
         case "sqrt":
             fall = lambda x: 1 - (1 - s.final) * jnp.sqrt(x)  # noqa: E731
+        case "sqrt_cube":  # arXiv 2503.12811: near to the optimum of the multi-power law
+            fall = lambda x: s.final + (1 - s.final) * (1 - x) ** 1.5  # noqa: E731
         case other:
             raise ValueError(
-                f"config.schedule.shape={other!r} must be one of linear, exponential, sqrt"
+                f"config.schedule.shape={other!r} must be one of linear, exponential, sqrt, "
+                "sqrt_cube"
             )
     begins, ends = (s.warmup, *s.cycles), (*s.cycles, total)
     if list(begins) != sorted(begins) or (s.cycles and s.cycles[-1] >= total):

@@ -3,7 +3,7 @@
 The reference is the ladder's family without its largest size: L = a N^-alpha + b D^-beta fitted to
 held-out bits per byte at the end of its runs. Every other run is measured: the size that the
 reference would need for the same loss after the same tokens, over its own size. The held-out size
-should come back as it is. Writes densing.md, densing.json and densing.png.
+should come back as it is. Writes densing.md, densing.json, densing.png and runs.json.
 """
 
 import functools
@@ -191,7 +191,8 @@ def build(config):
     def evaluate(model, params, *, step, rng, workdir):
         tasks = ladder_data.make_tasks(options.tasks)
         names = [run[0] for run in config.runs]
-        runs = ladder_data.read(options, workdir, names)
+        runs = ladder_data.read(options, workdir, names, one_family=False)
+        ladder_data.save(workdir, runs)
         found = {seed: measure(of, tasks, options)
                  for seed, of in ladder_data.by_seed(runs).items()}  # fmt: skip
         return write(workdir, found, tasks, options.reference)

@@ -3,7 +3,8 @@
 Reads config.fit.runs, fits both steps for every task, predicts every target, with and without the
 laws' variants, and says how far to believe it: a leave-one-run-out interval (sampling error only),
 parameters at bounds, how far the target lies outside, and how well the ladder without its largest
-size predicts that size (the law's own error). Writes ladder.md, ladder.json and ladder.png.
+size predicts that size (the law's own error). Writes ladder.md, ladder.json and ladder.png, and
+runs.json with the evaluations of our own runs, which config.fit.runs takes as well.
 """
 
 from typing import NamedTuple
@@ -217,8 +218,12 @@ def analyse(runs: list[Run], tasks: list[Task], options) -> tuple[list, list[Tar
         for i, target in enumerate(targets):
             found = predict(laws, target)
             error = knife.standard_error[i]
-            score = intervals.Interval(*_around(found["score"], error[1], options.level))
-            found |= dict(loss_error=error[0], score_error=error[1], interval=score)
+            loss, score = (
+                intervals.Interval(*_around(found[key], of, options.level))
+                for key, of in zip(("loss", "score"), error)
+            )
+            found |= dict(loss_error=error[0], score_error=error[1])
+            found |= dict(loss_interval=loss, interval=score)
             found |= dict(spread=spread[0], score_spread=spread[1], backtest=back)
             found["warnings"] = warnings(laws, target, found, options)
             predictions.append(found)
@@ -238,6 +243,7 @@ def build(config):
     def evaluate_all(model, params, *, step, rng, workdir):
         tasks = ladder_data.make_tasks(options.tasks)
         runs = ladder_data.read(options, workdir, [run[0] for run in config.runs])
+        ladder_data.save(workdir, runs)
         found = {
             seed: ladder_report.Ladder(of, *analyse(of, tasks, options))
             for seed, of in ladder_data.by_seed(runs).items()

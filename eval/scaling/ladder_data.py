@@ -2,7 +2,8 @@
 
 A list of runs is a JSON file {label: {"n": N, "flops": FLOPs per token, "mode": "train" | "eval",
 "paths": [CSV, ...]}}, as published with arXiv 2412.04403; runs of mode "eval" are targets that no
-fit sees. Or it is a folder of runs of this codebase, the largest size of which is the target.
+fit sees. Or it is a folder of runs of this codebase, the largest size of which is the target; a
+folder that has only their evaluations (`save`) will do.
 """
 
 import json
@@ -14,10 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.scaling import curves, sizes
+from eval.run import write_json
+from eval.scaling import curves, report, sizes
 
 SEED = re.compile(r"/(seed[^/]*)$")
 TOKENS, STEP, BATCH = "throughput/total_tokens", "_step", "batch_size_in_tokens"
+SAVED = "runs.json"
 
 
 class Task(NamedTuple):
@@ -98,15 +101,33 @@ def smoothed(run: Run, task: Task, skip: float, window: int) -> tuple[np.ndarray
     return trailing_mean(loss[first:], window), trailing_mean(score[first:], window)
 
 
-def read(options, workdir="", names: Sequence[str] = ()) -> list[Run]:
+def read(options, workdir="", names: Sequence[str] = (), *, one_family: bool = True) -> list[Run]:
     """Runs of config.fit.runs, a JSON list or a folder of runs; where it is empty those of
-    `workdir` with these names."""
-    if not options.runs:
-        runs = [from_workdir(Path(workdir) / name, name) for name in names]
-        return held_out(_ordered(runs), options.held_out)
+    `workdir` with these names. one_family: of our own runs only those of config.fit.family."""
     where = Path(options.runs).expanduser()
-    if where.is_dir():
-        return held_out(read_workdirs(where), options.held_out)
+    if not options.runs:
+        runs = _ordered([from_workdir(Path(workdir) / name, name) for name in names])
+    elif where.is_dir():
+        runs = read_workdirs(where)
+    else:
+        return _read_list(where, options)
+    if one_family:
+        runs = of_family(runs, options.family)
+    return held_out(runs, options.held_out)
+
+
+def of_family(runs: list[Run], family: str) -> list[Run]:
+    """The runs of one family; where none is named there may be only one."""
+    known = sorted({run.family for run in runs})
+    if family not in known and (family or len(known) > 1):
+        raise ValueError(
+            f"config.fit.family={family!r}: the runs are of {', '.join(known)}; a ladder is one "
+            "family, name it"
+        )
+    return [run for run in runs if run.family == (family or known[0])]
+
+
+def _read_list(where: Path, options) -> list[Run]:
     if where.suffix != ".json" or not where.is_file():
         raise FileNotFoundError(
             f"config.fit.runs={options.runs!r} must be a .json list of runs or a folder of them"
@@ -155,13 +176,37 @@ def from_csv(path, *, n: float, flops_per_token: float = 0.0, target: bool = Fal
 
 
 def read_workdirs(folder) -> list[Run]:
-    """Every run of this codebase below `folder`, smallest first."""
+    """Every run of this codebase below `folder`, smallest first; or what `save` left there."""
     folder = Path(folder)
+    if (folder / SAVED).is_file() and not any(folder.rglob("metrics.jsonl")):
+        return _ordered(_saved(folder / SAVED))
     paths = [p for p in curves.find(folder, setting="config.fit.runs") if p.is_dir()]
     if not paths:
         raise FileNotFoundError(f"config.fit.runs={str(folder)!r}: no run with a metrics.jsonl")
     runs = [from_workdir(path, str(path.relative_to(folder))) for path in paths]
     return _ordered(runs)
+
+
+def save(workdir, runs: list[Run]) -> None:
+    """The evaluations of our own runs in one file, which `read_workdirs` takes without the runs."""
+    own = {}
+    for run in runs:
+        if run.family:
+            kept = {key: column for key, column in run.table.items() if key.startswith("eval/")}
+            own[run.name] = dict(n=run.n, family=run.family, tokens=run.tokens, columns=kept)
+    if own:
+        write_json(Path(workdir) / SAVED, report.plain(own))
+
+
+def _saved(path: Path) -> list[Run]:
+    array = lambda cells: np.array(cells, float)  # noqa: E731
+    return [
+        Run(
+            name, row["n"], 6.0 * row["n"], array(row["tokens"]),
+            {key: array(column) for key, column in row["columns"].items()}, False, row["family"],
+        )
+        for name, row in json.loads(path.read_text()).items()
+    ]  # fmt: skip
 
 
 def _ordered(runs: list[Run]) -> list[Run]:

@@ -9,8 +9,8 @@ from eval.scaling import report
 from eval.scaling.ladder_laws import STEP_1, STEP_2, evaluate, loss_law, score_law
 
 EXPLAINED = (
-    "Loss is bits per byte of the right answer. `chained`: step 2 of step 1's loss, with the "
-    "interval of a leave-one-run-out jackknife over both steps, which knows sampling error only. "
+    "Loss is bits per byte of the right answer, `predicted` by step 1; `chained`: step 2 of that "
+    "loss. Intervals are a leave-one-run-out jackknife's and know sampling error only. "
     "`from true loss`: step 2 alone. `FLOPs`: the loss from the compute alone. Scores in percent."
 )
 
@@ -63,14 +63,15 @@ def _target_table(found, targets, i: int) -> str:
         name, p = laws.task.name, predictions[i]
         loss, score = target.loss.get(name), target.score.get(name)
         rows.append([
-            name, loss, p["loss"], None if loss is None else f"{p['loss'] / loss - 1:+.2%}",
+            name, loss, p["loss_interval"],
+            None if loss is None else f"{p['loss'] / loss - 1:+.2%}",
             None if score is None else f"{percent(score):.2f}", _score_interval(p["interval"]),
             f"{percent(p['score_error']):.2f}",
             None if score is None else f"{percent(p['score_from_true_loss']):.2f}",
             f"{percent(p['flops_score']):.2f}",
             f"{percent(p['single_score']):.2f}" if "single_score" in p else None,
         ])  # fmt: skip
-    columns = ("task", "loss", "predicted", "error", "score", "chained [interval]", "se",
+    columns = ("task", "loss", "predicted [interval]", "error", "score", "chained [interval]", "se",
                "from true loss", "FLOPs", "single step")  # fmt: skip
     head = f"## {target.name}: N = {target.n:,.0f}, D = {target.d:,.0f}"
     return head + "\n\n" + report.markdown_table(columns, rows, digits=4)

@@ -5,12 +5,14 @@ Names carry the number of the acceptance check in the specification of arXiv 241
 
 import csv
 import datetime
+import json
 import math
 
 import numpy as np
 import pytest
 
 from configs.common import load_config
+from configs.densing_reference import REFERENCE
 from eval.scaling import (
     densing,
     densing_ladder,
@@ -18,16 +20,17 @@ from eval.scaling import (
     densing_trend,
     fitting,
     ladder_data,
+    sizes,
 )
 
 GIVEN = densing.TwoStep(400, 0.34, 410, 0.28, -0.75, 6, 0.7, 1, 1e12)
-GRID = {  # layers, width, ffn, heads, kv heads, parameters
-    "0.005B": (8, 256, 640, 4, 1, 5_247_232),
-    "0.03B": (12, 512, 1280, 8, 2, 31_470_080),
-    "0.1B": (18, 768, 1920, 12, 3, 106_196_736),
-    "0.2B": (24, 1024, 2560, 16, 2, 245_416_960),
-    "0.4B": (30, 1280, 3200, 20, 2, 476_852_480),
-    "0.8B": (36, 1536, 3840, 24, 3, 828_225_024),
+COUNTS = {  # parameters of the reference models without embeddings
+    "0.005b": 5_247_232,
+    "0.03b": 31_470_080,
+    "0.1b": 106_196_736,
+    "0.2b": 245_416_960,
+    "0.4b": 476_852_480,
+    "0.8b": 828_225_024,
 }
 RATIOS = (10, 15, 20, 30, 40, 60)
 FRONTIER = (
@@ -64,8 +67,8 @@ def test_check_1_nothing_raises_at_the_ends():
 
 
 def runs_of_the_published_grid(noise=0.0, seed=0):
-    n = np.repeat([row[-1] for row in GRID.values()], len(RATIOS)).astype(float)
-    d = n * np.tile(RATIOS, len(GRID))
+    n = np.repeat(list(COUNTS.values()), len(RATIOS)).astype(float)
+    d = n * np.tile(RATIOS, len(COUNTS))
     draw = np.random.default_rng(seed).normal(size=len(n))
     return n, d, (400 * n**-0.34 + 410 * d**-0.28) * np.exp(noise * draw)
 
@@ -85,12 +88,17 @@ def test_check_2_recovery_on_the_published_grid():
         assert got == pytest.approx(400 * far**-0.34 + 410 * tokens**-0.28, rel=0.01)
 
 
-def test_check_3_parameter_counts_of_the_reference_models():
-    """Matrices of attention (heads of 64), gated FFN, norms; no embedding."""
-    for layers, width, ffn, heads, kv, count in GRID.values():
-        assert heads * 64 == width
-        block = 2 * width**2 + 2 * width * 64 * kv + 3 * width * ffn
-        assert layers * block + width * (2 * layers + 1) == count
+@pytest.mark.parametrize("name", COUNTS)
+def test_check_3_parameter_counts_of_the_reference_models(name):
+    """By the formula, and of the model that the config trains, without its tied embedding."""
+    assert REFERENCE.keys() == COUNTS.keys() and REFERENCE[name].n == COUNTS[name]
+    for ratio in (min(RATIOS), max(RATIOS)):
+        config = load_config(f"configs/densing.py:{name},multiplier={ratio / 20}")
+        counted = sizes.count(json.loads(config.to_json_best_effort()))
+        assert counted.total - config.model.vocab_size * config.model.llama.width == COUNTS[name]
+        per_step = config.batch_size * config.data.length
+        assert 0 <= config.steps * per_step - ratio * COUNTS[name] < per_step
+        assert config.schedule.name == "wsd" and config.model.llama.head_dim == 64
 
 
 @pytest.fixture(scope="module")

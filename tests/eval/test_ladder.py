@@ -12,6 +12,7 @@ import pytest
 from scipy.optimize import curve_fit, minimize
 
 from configs.common import load_config
+from configs.loading import ROOT
 from eval.scaling import fitting, ladder, ladder_data, ladder_laws, ladder_report
 
 # Step 1 (a, b, alpha, beta, E); loss true, predicted; step 2 (a, L0, k, b); score true, chained,
@@ -95,6 +96,11 @@ def test_check_7_jackknife_over_runs(published):
     for task, (*_, error) in PUBLISHED.items():
         _, found, target = published[0][task]
         assert 100 * found["score_error"] == pytest.approx(error, abs=0.1)
+        low, high = found["loss_interval"][1:3]
+        reach = 1.6449 * found["loss_error"]  # 90 %
+        np.testing.assert_allclose(
+            (low, high), found["loss"] + np.array((-reach, reach)), rtol=1e-4
+        )
         said = " ".join(found["warnings"])
         if not found["interval"].low <= target.score[task] <= found["interval"].high:
             outside.append(task)
@@ -243,6 +249,39 @@ def test_c4_loss_as_the_intermediate(published, folder):
         worse += through > own
         errors.append(100 * through)
     assert worse == 4 and np.mean(errors) == pytest.approx(2.00, abs=0.05)
+
+
+def test_a_folder_of_two_families_is_not_one_ladder(tmp_path):
+    """Largest size of the named family held out, the other left out; without a name refused."""
+    made = {"a/llama": "configs/ladder.py:31k", "b/llama": "configs/ladder.py:49k",
+            "c/xlstm": "configs/densing.py:xlstm"}  # fmt: skip
+    for name, spec in made.items():
+        config = load_config(spec)
+        config.model.vocab_size = 512
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(config.to_json_best_effort())
+        rows = [{"step": s, "train/loss": 1.0, "eval/ranked/order_bpb": 2 / s} for s in (5, 10)]
+        log = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(log)
+
+    def read(family="", where=tmp_path):
+        return ladder_data.read(
+            load_config(f"configs/ladder.py:fit,runs={where},family={family}").fit
+        )
+
+    with pytest.raises(ValueError, match="config.fit.family='': the runs are of llama, xlstm; "):
+        read()
+    with pytest.raises(ValueError, match="config.fit.family='hymba': the runs are of llama, xl"):
+        read("hymba")
+    runs = read("llama")
+    assert [(run.name, run.target) for run in runs] == [("a/llama", False), ("b/llama", True)]
+    assert [run.name for run in read("xlstm")] == ["c/xlstm"]
+    ladder_data.save(tmp_path / "saved", runs)  # one family: no name needed
+    for run, again in zip(runs, read(where=tmp_path / "saved"), strict=True):
+        assert (run.name, run.n, run.c, run.target) == (again.name, again.n, again.c, again.target)
+        assert again.table["eval/ranked/order_bpb"].tolist() == [0.4, 0.2]
+    with pytest.raises(ValueError, match="config.fit.family='': the runs are of hymba, llama, xl"):
+        read(where=ROOT / "docs" / "results" / "ladder")
 
 
 def test_mistakes_are_named(folder, tmp_path):
