@@ -28,7 +28,7 @@ def constrain(x: Array, *names: str | None) -> Array:
 
 # A stack of up to this many scan steps is written out: XLA then keeps what the backward pass
 # needs where it is instead of copying it into stacked arrays (a third of a small model's step).
-UNROLLED = 4
+UNROLLED = 6
 
 
 def remat_block(block: type[nn.Module], policy: str, *, looped: bool = False) -> Any:

@@ -47,6 +47,7 @@ def test_cosine():
         ("linear", lambda x: 1 - 0.9 * x),
         ("exponential", lambda x: 0.1**x),
         ("sqrt", lambda x: 1 - 0.9 * np.sqrt(x)),
+        ("sqrt_cube", lambda x: 0.1 + 0.9 * (1 - x) ** 1.5),
     ],
 )
 def test_wsd(shape, fall):
