@@ -8,7 +8,8 @@ the scan over layers, that are in the device's memory (eval/hlo.py). Beside them
 a row carries along, the least a step can move (weights and state read once), and the dry run's
 estimate of the time. --llama-rows: fewer rows for the Llama, where 128 do not fit the device; its
 bytes at --rows follow, as weights are read once whatever the rows. Nothing runs. Needs the extra
-`aot`; minutes a model and device.
+`aot`; minutes a model and device. --cache only prints one sequence's cache in Hymba 1.5B, in the
+paper's two conventions and as it is held here (models/hymba_build.py): seconds.
 """
 
 import argparse
@@ -29,6 +30,7 @@ def arguments(argv=None):
     parser.add_argument("--llama-rows", default="128,64", help="of each topology")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--out", default="")
+    parser.add_argument("--cache", action="store_true", help="only Hymba's cache, by convention")
     parser.add_argument("--debug", action="store_true", help="tiny models")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -39,6 +41,9 @@ def main(argv=None) -> None:
     args = arguments(argv)
     if args.one:
         print(json.dumps(step(args)))
+        return
+    if args.cache:
+        print(json.dumps(cache(args.length)))
         return
     rows, command = [], "python -m benchmarks.decode_bytes"
     fewer = args.llama_rows.split(",")
@@ -72,6 +77,13 @@ def step(args) -> dict:
     row = dict(model=args.one, topology=args.topology, rows=args.rows, tokens=args.length)
     row |= {k: found[k] for k in ("weight_bytes", "moved_bytes", "total_bytes", "seconds")}
     return row | dict(state_bytes_per_row=found["state_bytes"] // args.rows)
+
+
+def cache(tokens: int) -> dict[str, int]:
+    """Bytes of one sequence's cache in Hymba 1.5B behind `tokens` tokens, by convention."""
+    from models import hymba, hymba_build
+
+    return dict(tokens=tokens) | hymba_build.cache_report(hymba.SIZES["1.5b"], tokens)
 
 
 def compare(ours: dict, theirs: dict, rows: int) -> dict:

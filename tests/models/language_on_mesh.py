@@ -1,7 +1,7 @@
 """Loss and gradients of the language models on the meshes in argv against one device.
 
 python language_on_mesh.py model,model data,fsdp,tensor,seq ...
-prints "model mesh what largest-relative-difference"
+prints "model mesh what largest-difference", relative to the largest number of each leaf
 """
 
 import dataclasses
@@ -65,9 +65,8 @@ def main(names, meshes):
                 got = jax.device_get(jax.jit(run)(jax.device_put(params, shardings), batch))
             for what, tree in want.items():
                 pairs = zip(jax.tree.leaves(got[what]), jax.tree.leaves(tree))
-                scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(tree))
-                difference = max(np.abs(a - b).max() for a, b in pairs) / scale
-                print(name, text, what, difference, flush=True)
+                differences = [np.abs(a - b).max() / np.abs(b).max() for a, b in pairs]
+                print(name, text, what, np.max(differences), flush=True)
 
 
 if __name__ == "__main__":
