@@ -5,7 +5,7 @@
 Aims at Infinity's table 7 (reconstruction FID / PSNR on ImageNet 256 px: d = 16 1.22 / 20.9, d = 32
 0.61 / 22.7, d = 64 0.33 / 24.9) and, at 32 and 64 px, at tokenizers that train on two CPU cores.
 Any quantiser and size is an override: --config.model.tokenizer.z=32, .scales=1 (one scale),
-.quantiser=lfq, or .quantiser=vq with .codebook=1024.
+.quantiser=lfq with .z=9 (its scores are tokens x 2^z), or .quantiser=vq with .codebook=1024.
 
 | variant | trains | where, how long |
 | --- | --- | --- |
@@ -19,6 +19,9 @@ Any quantiser and size is an override: --config.model.tokenizer.z=32, .scales=1 
 
 The published variants train with every loss on: L1, LPIPS (the eval extra), PatchGAN with hinge
 loss, commitment and entropy of each scale, stochastic depth.
+
+PatchGAN is --config.objective.name=adversarial with .start, .weight, ... (image_tokenizers.GAN); a
+published variant without it is --config.objective.name=model --config.optimizer.groups={}.
 """
 
 from configs import common, image_tokenizers
@@ -29,8 +32,8 @@ RECIPE = dict(
     entropy=0.1,  # bsq, lfq: a token's code certain, codes spread
     inv_temperature=100.0,
     schedule="",  # of the scales in training; "" = the tokenizer's
-    drop_scales=0.0,  # stochastic depth: share of scales left out in a step, never the last
-    residual_gradient=True,  # through the codes that earlier scales take off
+    drop_scales=0.0,  # bsq, lfq: share of scales left out in a step, never the last
+    residual_gradient=True,  # bsq, lfq: through the codes that earlier scales take off
     beta=0.25,  # vq: of the commitment, or with legacy of the codebook's term
     legacy=False,
     revive=0.03,  # vq: codes used less than this share of equal use move; 0 = never
@@ -69,7 +72,7 @@ def small(model, variant):
         config.data.image_size, config.batch_size, config.optimizer.lr = 64, 32, 1e-3
     if variant == "full":
         config.model.perceptual = "alexnet"
-        config.objective = dict(name="adversarial", start=1500, weight=0.5, width=32, layers=2)
+        config.objective.name = "adversarial"
     if variant == "debug":
         image_tokenizers.debug(config)
     return config

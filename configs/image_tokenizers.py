@@ -9,6 +9,15 @@ LOSS = dict(
     perceptual_weight=1.0,
 )
 PUBLISHED_LOSS = dict(reconstruction="l1", perceptual="vgg16")
+# What objective.name=adversarial reads.
+GAN = dict(
+    start=1500,  # step at which the discriminator joins
+    weight=0.5,  # of the generator's term
+    width=32,  # channels of the discriminator's first layer
+    layers=2,
+    adaptive=True,  # weight times the ratio of the gradients at the decoder's last kernel
+    lecam=0.0,  # of the penalty on the discriminator's scores far from 0
+)
 
 
 def small(model: dict, steps: int):
@@ -17,6 +26,7 @@ def small(model: dict, steps: int):
         steps=steps,
         batch_size=64,
         model=model,
+        objective=GAN,
         data=data_config(name="images", flip=True),
         optimizer=dict(lr=2e-3, b2=0.95, clip=1.0),
         schedule=dict(name="cosine", warmup=100, final=0.02),
@@ -39,7 +49,7 @@ def published(model: dict, objective: dict, data: dict, **settings):
     return common.base(
         batch_size=256,
         model=model,
-        objective=dict(name="adversarial", **objective),
+        objective=GAN | objective | dict(name="adversarial"),
         data=data_config(name="images", source="folder", flip=True, **data),
         mesh=dict(data=1, fsdp=-1, tensor=1, seq=1),
         precision="bfloat16",

@@ -43,13 +43,16 @@ def gradient(impl: str, chunk=None):
     return jax.grad(lambda *inputs: call(impl, chunk)(*inputs).sum(), argnums=tuple(range(6)))
 
 
-def samples(impl: str, x, w, b, uncond, uniforms, scale, shift, draw):
-    """Words of bits drawn with guidance."""
+def samples(impl: str, chunk=None):
+    """Words of bits drawn with guidance, from `_draws`."""
     from kernels.bitwise import sample_bits
 
-    options = dict(guidance=draw[0], temperature=draw[1], top_p=draw[2], impl=impl)
-    options |= dict(x_uncond=uncond, scale=scale, shift=shift)
-    return sample_bits(x, w, b, uniforms, **options)
+    def run(x, w, b, uncond, uniforms, scale, shift, draw):
+        options = dict(guidance=draw[0], temperature=draw[1], top_p=draw[2], impl=impl)
+        options |= dict(x_uncond=uncond, scale=scale, shift=shift, chunk=chunk)
+        return sample_bits(x, w, b, uniforms, **options)
+
+    return run
 
 
 def _draws(device, tokens: int):
@@ -79,24 +82,21 @@ def tpu(topology, device, args) -> static.TpuOp:
     def each(name, loops=1):
         return static.TpuKernel(f"bitwise_{name}", steps, (trips,) * loops)
 
-    def xla(make):
-        return {n: static.Program(make("xla", n), inputs) for n in (1024, args.tokens)}
-
-    def sampled(impl):
-        return static.Program(functools.partial(samples, impl), draws)
+    def xla(make, arrays=inputs):
+        return {n: static.Program(make("xla", n), arrays) for n in (1024, args.tokens)}
 
     names = ("forward", "backward")
     return static.TpuOp(
         columns=dict(chunk=tile),
         kernels={"sample": each("sample", 2)} | {name: each(name) for name in names},
         programs={
-            "sample": sampled("tpu"),
+            "sample": static.Program(samples("tpu", tile), draws),
             "forward": static.Program(call("tpu", tile), inputs),
             "forward + backward": static.Program(gradient("tpu", tile), inputs),
         },
         uses={"sample": ("sample",), "forward": names[:1], "forward + backward": names},
         xla={
-            "sample": {1024: sampled("xla")},
+            "sample": xla(samples, draws),
             "forward": xla(call),
             "forward + backward": xla(gradient),
         },
@@ -108,7 +108,7 @@ def _gpu(what: str, topology, device, args) -> static.GpuProgram:
     products."""
     inputs, numbers = arrays(device, args.tokens), args.tokens * CHANNELS
     functions = {"forward": call("gpu"), "forward + backward": gradient("gpu")}
-    functions["sample"] = functools.partial(samples, "gpu")
+    functions["sample"] = samples("gpu")
     kernels = dict.fromkeys(functions, [what])
     kernels["forward + backward"] = ["backward", "forward"]
     passes = {"forward": 1, "forward + backward": 3, "sample": 2}[what]

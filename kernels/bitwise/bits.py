@@ -20,7 +20,7 @@ def words(d: int) -> int:
 def pack(bits: Bool[Array, "*n d"] | Int[Array, "*n d"]) -> UInt32[Array, "*n words"]:
     """Words of the bits on the last axis; what is not zero is 1, bits past d are 0."""
     d = bits.shape[-1]
-    ones = (jnp.asarray(bits) != 0).astype(jnp.uint32)
+    ones = jnp.asarray(bits).astype(bool).astype(jnp.uint32)
     ones = jnp.pad(ones, [(0, 0)] * (ones.ndim - 1) + [(0, words(d) * WORD - d)])
     ones = ones.reshape(*ones.shape[:-1], words(d), WORD)
     # Each word's bits are disjoint, so that their sum is their "or" and never overflows.
@@ -36,6 +36,6 @@ def unpack(packed: UInt32[Array, "*n words"], d: int) -> Int[Array, "*n d"]:
 
 
 def codes(bits: Bool[Array, "*n d"] | Int[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """Points of the unit sphere that the bits name: ±1 / sqrt(d), bit 0 being the minus."""
-    unit = 1.0 / math.sqrt(bits.shape[-1])
-    return jnp.where(jnp.asarray(bits) != 0, unit, -unit)
+    """Points of the unit sphere that the bits name: ±1 / sqrt(d) in float32, bit 0 the minus."""
+    unit = jnp.float32(1.0 / math.sqrt(bits.shape[-1]))
+    return jnp.where(jnp.asarray(bits).astype(bool), unit, -unit)

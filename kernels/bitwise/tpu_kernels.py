@@ -240,4 +240,5 @@ def sample(options: Options, guided: bool, ref) -> None:
         some = bits[start : start + WORD]
         place = lax.broadcasted_iota(jnp.int32, some.shape, 0)
         some = jnp.where(place + start < options.d, some << place, 0)
-        ref["words"][start // WORD : start // WORD + 1] = some.sum(0, keepdims=True)
+        word = some.sum(0, keepdims=True, dtype=jnp.int32)
+        ref["words"][start // WORD : start // WORD + 1] = word

@@ -15,6 +15,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from kernels.bitwise import bits as words
@@ -75,9 +76,10 @@ def _over_chunks(one, length: int, chunk: int, carry):
 
     def body(i, carry):
         start = jnp.minimum(i * chunk, length - chunk)
-        return one(start, start + jnp.arange(chunk) >= i * chunk, carry)
+        return one(start, start + jnp.arange(chunk, dtype=jnp.int32) >= i * chunk, carry)
 
-    return jax.lax.fori_loop(0, -(-length // chunk), body, carry)
+    # int32 also where jax_enable_x64 makes Python's numbers wide.
+    return jax.lax.fori_loop(np.int32(0), np.int32(-(-length // chunk)), body, carry)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -80,7 +80,13 @@ def build(
     part: where the quantiser's parameters lie in the model's, and its state in extra.
     """
     m, distance = config.model, _reconstruction(config.model)
-    held = part in config.objective.get("freeze", ())  # trained to given codes
+    freeze = config.objective.get("freeze", ())
+    held = any(f"{path}/".startswith(f"{part}/") for path in freeze)  # trained to given codes
+    if config.objective.name != "adversarial" and "discriminator" in config.optimizer.groups:
+        raise ValueError(
+            f"config.objective.name={config.objective.name!r} has no discriminator, which "
+            "config.optimizer.groups names: set --config.optimizer.groups={} too"
+        )
     for side in (config.data.image_size, *config.data.get("sizes", ())):
         if side % stride:
             raise ValueError(f"config.data.image_size={side} must be a multiple of {stride}")

@@ -80,9 +80,11 @@ class ImageTokenizer(nn.Module):
             self.post_quant_conv = Conv(cfg.z, size=cfg.quant_conv)
 
     def encode(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 z"]:
-        """Images to features in float32."""
-        x = self.encoder(images.astype(jnp.float32))
-        return self.quant_conv(x) if self.cfg.quant_conv else x
+        """Images to features in float32, products included (about six passes of a TPU's matrix
+        unit, no TF32 on a GPU): where a feature is near 0, rounding decides the bit."""
+        with jax.default_matmul_precision("highest"):
+            x = self.encoder(images.astype(jnp.float32))
+            return self.quant_conv(x) if self.cfg.quant_conv else x
 
     def features(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
         """Latents to the input of the last convolution."""

@@ -19,8 +19,10 @@ def build(config) -> Model:
     side = config.data.image_size // cfg.stride
     for pixels in (config.data.image_size, *config.data.get("sizes", ())):
         grid = (pixels // cfg.stride,) * 2
-        for name in (cfg.schedule, m.recipe.schedule or cfg.schedule):
-            schedule_for(name, grid, cfg.scales)  # one that does not fit is an error now
+        # One that does not fit is an error now.
+        schedule_for(cfg.schedule, grid, cfg.scales)
+        if m.recipe.schedule:
+            schedule_for(m.recipe.schedule, grid, cfg.scales, key="model.recipe.schedule")
 
     def encode(params, images):
         return discrete.encode(params, cfg, images)

@@ -190,10 +190,11 @@ def test_quantiser_entropy_counts_all_codes_and_times_what_fits(monkeypatch):
     tokens = quantiser_entropy.PICTURES * quantiser_entropy.SIDE**2
     assert found["lfq", 8] >= 4 * tokens * 2**8 > found["bsq", 8]
     assert found["lfq", 32] is None and found["bsq", 32] < 9 * found["bsq", 4]
-    limit = found["lfq", 8]  # the larger one is left out
+    limit = found["lfq", 8]  # the larger ones of LFQ are left out
     timed = quantiser_entropy.timed(rows, limit, 1)
-    assert [(r["what"], r["bits"]) for r in timed] == [
-        ("seconds", 4), ("seconds", 4), ("lfq / bsq, seconds", 4)
+    assert [(r["what"], r.get("quantiser"), r["bits"]) for r in timed] == [
+        ("seconds", "bsq", 4), ("seconds", "lfq", 4), ("lfq / bsq, seconds", None, 4),
+        ("seconds", "bsq", 8), ("seconds", "bsq", 32),
     ]  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def plain(x, w, b, weights, scale, shift, bits):
     return weights * (jnp.logaddexp(0.0, z) - bits * z).mean(-1)
 
 
-@pytest.mark.parametrize("d", [8, 16, 32, 64])
+@pytest.mark.parametrize("d", [8, 16, 32, 56, 64])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_check_9_fused_equals_plain(impl, d):
     """Loss and all six gradients, float32 to 1e-5 of plain jnp; rows of 150 and 97 tokens (the
@@ -354,23 +354,27 @@ def test_check_12_words(d):
         packing.unpack(jnp.concatenate([words, words], -1), d)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_check_12_no_integers_of_64_bits(impl):
-    """d = 64: neither the loss with its gradients nor a draw computes with one, x64 or not."""
-    inputs, bits = tensors((1, 5, 24, 64, 4)), some_bits(1, 5, 64)
-    uniforms = jnp.full((1, 5, 64), 0.5, jnp.float32)
+@pytest.mark.parametrize("impl", ["ref", *IMPLS, "gpu_interpret"])
+def test_check_12_no_numbers_of_64_bits(impl):
+    """d = 64 where JAX has them (jax_enable_x64): no number of a token or a bit takes 64 bits, in
+    the loss with its gradients and in a draw; only counters and places of blocks may."""
+    x, *rest = tensors((1, 5, 24, 64, 4))
+    inputs = [x.astype(jnp.bfloat16) if impl == "gpu_interpret" else x, *rest]
+    bits, uniforms = some_bits(1, 5, 64), jnp.full((1, 5, 64), 0.5, jnp.float32)
 
     def loss(inputs):
         return call(inputs, bits, impl=impl).sum()
 
     def drawn(inputs):
-        return sample_bits(*inputs[:3], uniforms, impl=impl)
+        return sample_bits(*inputs[:3], uniforms, x_uncond=inputs[0], guidance=3.0, impl=impl)
 
-    for f in (jax.grad(loss), drawn):
-        for a in arrays_of(jax.make_jaxpr(f)(inputs).jaxpr):
-            assert a.dtype.itemsize <= 4, a
-    words, codes = jax.eval_shape(drawn, inputs)
-    assert words.shape == (1, 5, 2) and codes.shape == (1, 5, 64)
+    with jax.enable_x64(True):
+        for f in (jax.grad(loss), drawn):
+            wide = [a for a in arrays_of(jax.make_jaxpr(f)(inputs).jaxpr) if a.dtype.itemsize > 4]
+            assert all(a.shape == () for a in wide), wide
+        words, codes = jax.eval_shape(drawn, inputs)
+    assert (words.shape, words.dtype) == ((1, 5, 2), jnp.uint32)
+    assert (codes.shape, codes.dtype) == ((1, 5, 64), jnp.float32)
 
 
 @pytest.mark.parametrize("impl", ["ref", *IMPLS])
@@ -389,7 +393,7 @@ def test_extreme_log_odds(impl):
         assert all(np.isfinite(np.asarray(a, np.float32)).all() for a in grads)
 
 
-@pytest.mark.parametrize("d, modulation", [(8, True), (56, False)])
+@pytest.mark.parametrize("d, modulation", [(8, True), (56, True), (56, False)])
 def test_checks_1_to_3_gpu_equals_ref(d, modulation):
     """The three Hopper kernels in the interpreter: two overlapping blocks, channels that are not
     whole pieces, bits that stand twice and that do not. Of bfloat16 only dx is rounded to it."""
@@ -418,19 +422,24 @@ def test_checks_1_to_3_gpu_equals_ref(d, modulation):
         np.testing.assert_array_equal(a, b)
 
 
-def head_2b(topology, dtype=jnp.bfloat16, length=10521):
-    """(inputs of the 2B generator's head for one picture of a megapixel, words, uniforms, the
-    context): abstract, on an absent device."""
+LENGTH = 10521  # tokens of a picture of a megapixel
+HEADS = [(2048, 32), (2048, 8), (2048, 64), (3584, 56)]  # channels, bits: 2B's first, 8B's last
+
+
+def head(topology, channels, d):
+    """(inputs of a generator's head for one picture of a megapixel, words, uniforms, the context):
+    abstract, on an absent device."""
     device, mesh = abstract_on(topology)
     place = jax.sharding.SingleDeviceSharding(device)
 
     def array(*sizes, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
 
-    row = array(1, 2048)
-    inputs = [array(1, length, 2048, dtype=dtype), array(2048, 32), array(32)]
-    inputs += [array(1, length), row, row]
-    return inputs, array(1, length, 1, dtype=jnp.uint32), array(1, length, 32), mesh
+    row = array(1, channels)
+    inputs = [array(1, LENGTH, channels, dtype=jnp.bfloat16), array(channels, d), array(d)]
+    inputs += [array(1, LENGTH), row, row]
+    words = array(1, LENGTH, packing.words(d), dtype=jnp.uint32)
+    return inputs, words, array(1, LENGTH, d), mesh
 
 
 def graded(impl, inputs, words):
@@ -452,12 +461,18 @@ def guided(impl, inputs, uniforms, numbers):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_check_6_tpu_compiles_at_the_2b_heads_shape(topology):
+@pytest.mark.parametrize(
+    "topology, channels, d",
+    [
+        *(("v5e:2x2", *sizes) for sizes in HEADS),
+        *((x, *HEADS[0]) for x in ("v5p:2x2x1", "v6e:2x2")),
+    ],
+)
+def test_check_6_tpu_compiles_at_the_heads_shapes(topology, channels, d):
     """10,521 tokens, which no block divides: one kernel forward, one backward, one for draws; what
     is stored beside arguments and results is less than a twentieth of x."""
     pytest.importorskip("libtpu", reason="needs the aot extra")
-    inputs, words, uniforms, mesh = head_2b(topology)
+    inputs, words, uniforms, mesh = head(topology, channels, d)
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=uniforms.sharding)
     with mesh:
         run = jax.jit(functools.partial(graded, "auto"))
@@ -470,17 +485,18 @@ def test_check_6_tpu_compiles_at_the_2b_heads_shape(topology):
         assert len(calls) == len(names)
         assert all(any(f"bitwise_{name}" in x for x in calls) for name in names)
         size = compiled.memory_analysis().temp_size_in_bytes
-        assert size < 10521 * 2048 * 2 / 20, size
+        assert size < LENGTH * channels * 2 / 20, size
 
 
 @pytest.mark.aot
-def test_check_6_hopper_compiles_at_the_2b_heads_shape():
+@pytest.mark.parametrize("channels, d", HEADS)
+def test_check_6_hopper_compiles_at_the_heads_shapes(channels, d):
     """One kernel forward, two with the gradient, one for draws; at lengths that are not a multiple
     of 8 x and dx are copied."""
     pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the aot extra")
     from training import topology
 
-    inputs, words, uniforms, mesh = head_2b("h100:1")
+    inputs, words, uniforms, mesh = head("h100:1", channels, d)
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=uniforms.sharding)
     options = topology.compiler_options(topology.parse("h100:1"))
     programs = ((2, graded, inputs, words), (1, guided, inputs, uniforms, [number] * 3))

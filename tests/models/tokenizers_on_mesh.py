@@ -24,8 +24,8 @@ from training.sharding import MESH_AXES, global_batch, make_mesh, scope  # noqa:
 def main():
     models = {}
     for name in ("bsq", "vq"):
-        config = tiny_config(name)
-        config.model.recipe.update(drop_scales=0.5, revive=2.0)  # nearly all codes are revived
+        config = tiny_config(name)  # of vq nearly all codes are revived
+        config.model.recipe.update({"bsq": dict(drop_scales=0.5), "vq": dict(revive=2.0)}[name])
         models[name] = MODELS["bsq_vae"](config)
 
     def init(key):

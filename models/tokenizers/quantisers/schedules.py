@@ -122,8 +122,13 @@ def geometric(grid: tuple[int, int], scales: int) -> Schedule:
     return tuple(tuple(max(1, round(s * side / longest)) for side in grid) for s in sides)
 
 
-def schedule_for(name: str, grid: tuple[int, int], scales: int = 1) -> Schedule:
-    """The schedule `name` of a grid of latents: single | dynamic | dense | var | geometric."""
+def schedule_for(
+    name: str, grid: tuple[int, int], scales: int = 1, *, key: str = "model.tokenizer.schedule"
+) -> Schedule:
+    """The schedule `name` of a grid of latents: single | dynamic | dense | var | geometric.
+
+    key: where the config has the name, for the error.
+    """
     match name:
         case "single":
             return (tuple(grid),)
@@ -138,6 +143,5 @@ def schedule_for(name: str, grid: tuple[int, int], scales: int = 1) -> Schedule:
         case "geometric":
             return geometric(tuple(grid), scales)
     raise ValueError(
-        f"config.model.tokenizer.schedule={name!r}: allowed are single, dynamic, dynamic_2x2, "
-        "dense, var, geometric"
+        f"config.{key}={name!r}: allowed are single, dynamic, dynamic_2x2, dense, var, geometric"
     )

@@ -44,7 +44,8 @@ def phi(params: dict, rows: Float[Array, "b h w c"], scale: int, scales: int) ->
     if not phis:
         return rows
     own = params[f"phi_{phi_of_scale(scale, scales, phis)}"]
-    return (1 - PHI) * rows + PHI * conv(rows, own["kernel"], own["bias"])
+    with jax.default_matmul_precision("highest"):  # the next scale's nearest rows depend on it
+        return (1 - PHI) * rows + PHI * conv(rows, own["kernel"], own["bias"])
 
 
 class Scales(NamedTuple):
@@ -99,6 +100,11 @@ def build(cfg, options) -> Quantiser:
     extra: use [v], running hits of each code over equal use; offset [v, c], added to the trained
     rows: a revived code moves by its offset, so that the optimiser's state stays as it is.
     """
+    if options is not None and options.drop_scales:
+        raise ValueError(
+            f"config.model.recipe.drop_scales={options.drop_scales}: quantiser 'vq' drops no "
+            "scales, bsq and lfq do"
+        )
 
     def schedule(grid):
         return schedule_for(cfg.schedule, grid, cfg.scales)
