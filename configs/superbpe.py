@@ -10,9 +10,9 @@ it the same merges take longer. Expected: a minute or two on two CPU cores; `rep
 
 | variant | trains on | where |
 | --- | --- | --- |
-| (none) | 17.8 MB of English (GCIDE, extra `text`; else Python's source), 16,384 tokens | minutes |
+| (none) | 13.7 MB of English (GCIDE, extra `text`; else Python's source), 16,384 tokens | minutes |
 | debug | Python's documentation, 1,000 tokens | seconds |
-| sweep | 6 MB of the same texts, t at nine shares of the vocabulary, the best is kept | minutes |
+| sweep | 6.3 MB of the same texts, t at nine shares of the vocabulary, the best is kept | minutes |
 | code | Python's standard library | minutes |
 | mixed | captions in 14 languages and installed gettext catalogues | minutes |
 | 200k, 200k_t80k, 128k | your texts (data.path), t = 180,000, 80,000, 100,000 | servers |
@@ -22,6 +22,8 @@ tokenizer: --config.data.superbpe.start=FILE/tokenizer.json --config.data.vocab_
 """
 
 import importlib.util
+
+from ml_collections.config_dict import placeholder
 
 from configs import common
 from configs.data import data_config
@@ -35,25 +37,28 @@ def superbpe_config(**overrides) -> dict:
     return (
         dict(
             inputs=("",)[:0],  # names or paths, "DOMAIN=" in front; () = data.text, or data.path
-            sample_mb=200.0,  # most text kept in memory, drawn by hash; 0: all
+            sample_mb=200.0,  # most text trained on with count=memory, drawn by hash; 0: all
             held_out=0.05,  # share of your own documents that is measured on, not trained on
             held_out_mb=5.0,  # most of it
             t=-1,  # merges of stage 1; -1: share * data.vocab_size, or all that `start` has
             share=0.4,
             sweep=(0.0,)[:0],  # shares at which stage 2 branches off; the best t is kept
             rules="repo",  # repo | paper (digits are the only border) | none | bpe
-            max_words=4,  # of a token; 0: any number
-            colon=True,  # no token holds ": "
-            newlines=True,  # a newline only at the end of a token
-            digits=True,  # digits join digits only, at most three
-            punctuation=False,  # True: none in tokens of several words
+            # What stage 2 may not merge; None: as `rules` has it, in brackets for repo and paper.
+            max_words=placeholder(int),  # of a token (4); 0: any number
+            colon=placeholder(bool),  # no token holds ": " (True)
+            newlines=placeholder(bool),  # a newline only at the end of a token (True)
+            digits=placeholder(bool),  # digits join digits only, at most three (True)
+            punctuation=placeholder(bool),  # none in tokens of several words (False)
             all_bytes=True,  # the alphabet is all 256 bytes; False: those seen
             start="",  # tokenizer.json, or merges.txt with `alphabet`, that stage 2 goes on from
             alphabet="",
             keep=False,  # the vocabulary of `start` stays whole and keeps its ids
             save_every=10.0,  # seconds of stage 2 between two files to go on from
             engine="auto",  # auto | numba | python
-            count="memory",  # memory | disk (texts of any size) | beam (many machines)
+            # memory | disk (pieces counted in files) | beam (on many machines). Stage 2 holds every
+            # different line in memory whichever it is: 50 MB of text took 1.1 GB.
+            count="memory",
             count_memory_mb=512.0,  # of pieces before they go to disk
             beam=("",)[:0],  # options of the Beam pipeline: ("--runner=...",)
             specials=("<pad>", "<eos>", "<bos>", "<unused0>"),  # get ids after the vocabulary

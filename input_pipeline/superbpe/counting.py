@@ -6,6 +6,7 @@ the merges are those of the texts themselves.
 """
 
 import heapq
+import itertools
 import shutil
 import tempfile
 from collections import Counter
@@ -17,6 +18,7 @@ from input_pipeline.superbpe.bpe import Bpe, byte_symbols, unspell
 from input_pipeline.superbpe.rules import PRESETS
 
 ENTRY = 160  # bytes that one piece takes in memory, beside its characters
+OPEN = 256  # parts that are merged at a time: a process may open 1,024 files
 
 
 def cut(texts: Iterable[str], patterns: Sequence[str]) -> Iterator[str]:
@@ -37,10 +39,14 @@ def count(texts: Iterable[str], patterns: Sequence[str], out: Path, memory_mb: f
     limit, size = int(memory_mb * 2**20), 0
     found: Counter[str] = Counter()
     parts: list[Path] = []
+    names = (scratch / f"{number:06}.tsv" for number in itertools.count())
+
+    def write(rows: Iterable[tuple[str, int]]) -> None:
+        parts.append(next(names))
+        _write(parts[-1], rows)
 
     def flush() -> None:
-        parts.append(scratch / f"{len(parts):06}.tsv")
-        _write(parts[-1], sorted(found.items()))
+        write(sorted(found.items()))
         found.clear()
 
     try:
@@ -52,8 +58,13 @@ def count(texts: Iterable[str], patterns: Sequence[str], out: Path, memory_mb: f
                 flush()
                 size = 0
         flush()
-        _write(scratch / "all.tsv", _added(map(_read, parts)))
-        (scratch / "all.tsv").rename(out)
+        while len(parts) > 1:
+            some = parts[:OPEN]
+            write(_added(map(_read, some)))
+            for path in some:
+                path.unlink()
+            del parts[: len(some)]
+        parts[0].rename(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return out
@@ -113,10 +124,19 @@ def stage1_from_counts(
 
 
 def count_with_beam(
-    files: Sequence[Path], patterns: Sequence[str], out: Path, options: Sequence[str] = ()
+    files: Sequence[Path],
+    patterns: Sequence[str],
+    out: Path,
+    options: Sequence[str] = (),
+    *,
+    max_unreadable: int = 0,
+    normalizer: dict | None = None,
 ) -> list[Path]:
-    """Count files of text files by an Apache Beam pipeline; options: of any runner, which is this
-    machine's by default (--runner=FlinkRunner, ...). Extra "beam"."""
+    """Count files of text files by an Apache Beam pipeline. Extra "beam".
+
+    options: of any runner, which is this machine's by default (--runner=FlinkRunner, ...).
+    max_unreadable: of one file, as no worker sees the others; normalizer: JSON, texts pass it first
+    """
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -131,7 +151,7 @@ def count_with_beam(
             pipeline
             | "files" >> beam.Create([str(f) for f in files])
             | "spread" >> beam.Reshuffle()
-            | "pieces" >> beam.FlatMap(_count_file, patterns)
+            | "pieces" >> beam.FlatMap(_count_file, patterns, max_unreadable, normalizer)
             | "add up" >> beam.CombinePerKey(sum)
             | "lines" >> beam.MapTuple(lambda piece, number: f"{number}\t{piece}")
             | "write" >> beam.io.WriteToText(str(out), file_name_suffix=".tsv")
@@ -139,13 +159,16 @@ def count_with_beam(
     return sorted(out.parent.glob(f"{out.name}-*.tsv"))
 
 
-def _count_file(path: str, patterns: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+def _count_file(
+    path: str, patterns: tuple[str, ...], max_unreadable: int, normalizer: dict | None
+) -> Iterator[tuple[str, int]]:
     """Pieces of one file with counts; added up for a part of the file at a time."""
     from input_pipeline.records import Skipped
     from input_pipeline.superbpe.reading import read_file
 
     found: Counter[str] = Counter()
-    for piece in cut(read_file(Path(path), Skipped(0)), patterns):
+    texts = read_file(Path(path), Skipped(max_unreadable))
+    for piece in cut(tokenizer_json.normalised(texts, normalizer), patterns):
         found[piece] += 1
         if len(found) > 200_000:
             yield from found.items()

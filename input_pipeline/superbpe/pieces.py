@@ -75,11 +75,11 @@ def collect(
 ) -> Pieces:
     """Cuts and encodes texts; bpe must hold all bytes (`with_all_bytes`).
 
-    counted: `texts` are (piece, how often) instead, already cut.
+    counted: `texts` are (piece, how often) instead, already normalised and cut.
     """
-    inner = tokenizer_json.build(
-        bpe, () if counted else patterns, lines=not counted, normalizer=normalizer
-    )
+    inner = tokenizer_json.build(bpe, () if counted else patterns, lines=not counted)
+    if not counted:
+        texts = tokenizer_json.normalised(texts, normalizer)
     found: Counter[bytes] = Counter()
     present = np.zeros(max(bpe.vocab.values()) + 1, bool)
     tokens = size = 0

@@ -6,7 +6,6 @@ tokens are: -log2 of a token's share of the text. A tokenizer whose text is full
 has many tokens that say little.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,15 +51,15 @@ def difficulty(inner: tokenizers.Tokenizer, texts: Texts) -> dict:
     for one in inner.encode_batch_fast([t for _, t in texts], add_special_tokens=False):
         counts.update(one.ids)
     number = np.array(list(counts.values()), float)
-    share = number / number.sum()
+    share = number / max(number.sum(), 1)
     bits = -np.log2(share)
     mean = float(share @ bits)
     size = sum(len(t.encode()) for _, t in texts)
     return {
         "mean_bits": mean,
         "std_bits": float(np.sqrt(share @ (bits - mean) ** 2)),
-        "std_over_mean": float(np.sqrt(share @ (bits - mean) ** 2) / mean),
-        "bits_per_byte": mean * number.sum() / size,
+        "std_over_mean": float(np.sqrt(share @ (bits - mean) ** 2) / (mean or 1)),
+        "bits_per_byte": mean * number.sum() / max(size, 1),
         "cheap_tokens": float(share[bits < CHEAP].sum()),
         "ten_commonest": float(np.sort(share)[-10:].sum()),
         "distinct_used": float(len(counts)),
@@ -105,11 +104,19 @@ def superwords(bpe: Bpe) -> str:
     return "\n".join(repr(s)[1:-1] for s in found) + "\n"
 
 
-def curve(bpe: Bpe, patterns, texts: Texts, sizes: Sequence[int]) -> dict[int, float]:
-    """Bytes per token when the vocabulary had these sizes."""
+def curve(
+    bpe: Bpe,
+    patterns,
+    texts: Texts,
+    sizes: Sequence[int],
+    like: tokenizer_json.Loaded | None = None,
+) -> dict[int, float]:
+    """Bytes per token when the vocabulary had these sizes; like: of tokenizer_json.build."""
     some = [text for _, text in texts]
     return {
-        size: tokenizer_json.bytes_per_token(tokenizer_json.build(bpe.sized(size), patterns), some)
+        size: tokenizer_json.bytes_per_token(
+            tokenizer_json.build(bpe.sized(size), patterns, like=like), some
+        )
         for size in sizes
     }
 
@@ -120,7 +127,7 @@ def markdown(report: Mapping, title: str) -> str:
     rows = [f"# {title}", "", f"Bytes per token, {report['measured_on']}.", ""]
     rows += ["| text | BPE | SuperBPE | tokens saved |", "| --- | --- | --- | --- |"]
     for d in mine:
-        saved = 1 - plain[d] / mine[d]
+        saved = 1 - plain[d] / mine[d] if mine[d] else 0.0
         rows.append(f"| {d} | {plain[d]:.4f} | {mine[d]:.4f} | {saved:.1%} |")
     rows += ["", f"One token for each piece of stage 1: {report['limit']:.4f}.", ""]
     rows += ["| spread of difficulty | BPE | SuperBPE |", "| --- | --- | --- |"]
@@ -169,8 +176,7 @@ def plot(path: Path, report: Mapping, title: str) -> None:
 
 
 def write(workdir: Path, report: Mapping, bpe: Bpe, title: str) -> None:
-    """report.json, report.md, report.png and superwords.txt."""
-    (workdir / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    """report.md, report.png and superwords.txt."""
     (workdir / "report.md").write_text(markdown(report, title), "utf-8")
     (workdir / "superwords.txt").write_text(superwords(bpe), "utf-8")
     plot(workdir / "report.png", report, title)

@@ -14,7 +14,7 @@ uninterrupted run gives, so a checkpoint is a list of merges.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,34 +65,41 @@ def train(
     counted: bool = False,
     all_bytes: bool = False,
     keep: bool = False,
+    first_new: int = 0,
     normalizer: dict | None = None,
     engine: str = "auto",
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Found:
     """Adds merges to `start` until vocab_size tokens, alphabet included.
 
-    counted:     texts are (piece, how often), cut already (counting.py)
+    counted:     texts are (piece, how often), normalised and cut already (counting.py)
     all_bytes:   the alphabet is all 256 bytes; otherwise those of `start` and those seen
     keep:        the vocabulary of `start` stays whole and keeps its ids, which extends a model's
                  tokenizer; otherwise unused merges are skipped and ids are canonical
+    first_new:   new tokens get ids from here on, where others (marks) have the ones before
     normalizer:  JSON of a normaliser that texts pass first
     engine:      numba, python, or auto: numba where it is installed; both give the same merges
     on_progress: called every few seconds and at the end
     """
     full = pieces_of.with_all_bytes(start)
     found = pieces_of.collect(texts, full, rules.train, counted=counted, normalizer=normalizer)
-    base, skipped, found = _renumbered(start, full, found, all_bytes, keep)
+    base, skipped, found = _renumbered(start, full, found, all_bytes, keep, first_new)
     if not base.vocab:
         raise ValueError("stage 2 has no text to train on, and a tokenizer without any symbol")
-    merges, counts, after = grow(found, base, vocab_size, rules, engine, on_progress)
-    bpe = extended(base, merges)
+    merges, counts, after = grow(found, base, vocab_size, rules, engine, on_progress, first_new)
+    bpe = extended(base, merges, first_new)
     return Found(bpe, len(base.merges), skipped, tuple(counts), (found.tokens, after))
 
 
-def extended(base: Bpe, merges: Sequence[Pair]) -> Bpe:
+def _free(vocab: Mapping[str, int], first_new: int) -> int:
+    """The next id that nothing has."""
+    return max(first_new, max(vocab.values(), default=-1) + 1)
+
+
+def extended(base: Bpe, merges: Sequence[Pair], first_new: int = 0) -> Bpe:
     """`base` after more merges, of which `merges` begins with its own; new tokens get new ids."""
     vocab = dict(base.vocab)
-    free = max(vocab.values(), default=-1) + 1
+    free = _free(vocab, first_new)
     for left, right in merges:
         if left + right not in vocab:
             vocab[left + right] = free
@@ -100,12 +107,12 @@ def extended(base: Bpe, merges: Sequence[Pair]) -> Bpe:
     return Bpe(vocab, tuple(merges))
 
 
-def _renumbered(start: Bpe, full: Bpe, found: Pieces, all_bytes: bool, keep: bool):
+def _renumbered(start: Bpe, full: Bpe, found: Pieces, all_bytes: bool, keep: bool, first_new: int):
     """(the tokenizer that stage 2 begins with, merges skipped, the pieces in its ids)."""
     symbols, merges = pieces_of.used(full, found.present)
     symbols = set(byte_symbols()) if all_bytes else symbols | set(start.alphabet)
     if keep:
-        free = max(start.vocab.values()) + 1
+        free = _free(start.vocab, first_new)
         new = sorted(symbols - start.vocab.keys())
         base = Bpe({**start.vocab, **{s: free + i for i, s in enumerate(new)}}, start.merges)
     else:
@@ -116,11 +123,13 @@ def _renumbered(start: Bpe, full: Bpe, found: Pieces, all_bytes: bool, keep: boo
     return base, len(start.merges) - len(base.merges), found._replace(ids=ids[found.ids])
 
 
-def grow(found: Pieces, base: Bpe, vocab_size: int, rules: Rules, engine: str, on_progress):
+def grow(
+    found: Pieces, base: Bpe, vocab_size: int, rules: Rules, engine: str, on_progress, first_new=0
+):
     """(all merges, counts of the new ones, tokens left), from pieces in base's ids."""
     spelling = {index: token for token, index in base.vocab.items()}
     ids = dict(base.vocab)
-    free = max(spelling) + 1
+    free = _free(ids, first_new)
     new = max(vocab_size - len(ids), 0)
     facts = facts_of(free + new + 1, rules.veto)
     for index, token in spelling.items():

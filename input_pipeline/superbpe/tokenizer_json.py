@@ -2,11 +2,12 @@
 
 model BPE with vocabulary and merges; pre-tokenizer: one isolating split for each regex, then the
 byte map (after the splits: the other order changes digits and letters outside ASCII silently);
-decoder: the byte map. No normaliser unless the tokenizer that was extended had one.
+decoder: the byte map. A tokenizer that was begun from another has the normaliser and the decoder
+of that one.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +22,20 @@ SPECIALS = ("<pad>", "<eos>", "<bos>", "<unused0>")
 
 
 class Loaded(NamedTuple):
-    """A tokenizer.json taken apart."""
+    """A tokenizer.json taken apart; dicts are its JSON."""
 
-    bpe: Bpe
-    specials: dict[str, int]  # added tokens, special or not, which text never spells
-    normalizer: dict | None  # JSON of the normaliser
-    pre_tokenizer: dict | None  # JSON; how it cuts text before any change of rules
+    bpe: Bpe  # without the added tokens
+    added: tuple[dict, ...] = ()  # marks, and others that are found before text is cut
+    normalizer: dict | None = None
+    decoder: dict | None = None
+    post_processor: dict | None = None
+    ignore_merges: bool = False  # a piece that is a token is taken whole, whatever merges say
+
+    @property
+    def free(self) -> int:
+        """The first id behind all others."""
+        ids = *self.bpe.vocab.values(), *(token["id"] for token in self.added)
+        return max(ids, default=-1) + 1
 
 
 def cutter(patterns: Sequence[str], lines: bool = False) -> pre_tokenizers.Sequence:
@@ -43,54 +52,76 @@ def cutter(patterns: Sequence[str], lines: bool = False) -> pre_tokenizers.Seque
 def build(
     bpe: Bpe,
     patterns: Sequence[str],
-    specials: Sequence[str] | dict[str, int] = (),
+    specials: Sequence[str] = (),
     *,
     lines: bool = False,
-    normalizer: dict | None = None,
+    like: Loaded | None = None,
 ) -> tokenizers.Tokenizer:
     """A tokenizer of the `tokenizers` package.
 
     patterns: regexes that cut text, e.g. preset("repo").encode. specials: marks, which get ids
-    after the vocabulary, or the ids that they have.
+    after the vocabulary. like: all but model and pre-tokenizer is that one's, unchanged.
     """
-    vocab = dict(bpe.vocab)
-    ids = specials if isinstance(specials, dict) else {}
-    vocab |= {token: i for token, i in ids.items() if token not in vocab}
+    kept = like or Loaded(bpe)
+    vocab = {token["content"]: token["id"] for token in kept.added} | bpe.vocab
+    free = max(vocab.values(), default=-1) + 1
+    new = [name for name in dict.fromkeys(specials) if name not in vocab]
+    vocab |= {name: free + i for i, name in enumerate(new)}  # the library would count tokens
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, list(bpe.merges)))
     inner.pre_tokenizer = cutter(patterns, lines)
     inner.decoder = tokenizers.decoders.ByteLevel()
-    if normalizer:
-        text = json.loads(inner.to_str()) | {"normalizer": normalizer}
-        inner = tokenizers.Tokenizer.from_str(json.dumps(text))
-    inner.add_special_tokens(list(specials))
+    old = {token["content"] for token in kept.added}
+    inner.add_special_tokens([name for name in specials if name not in old])
+    if like:
+        whole = json.loads(inner.to_str())
+        whole["added_tokens"] = sorted([*kept.added, *whole["added_tokens"]], key=lambda t: t["id"])
+        whole |= {"normalizer": kept.normalizer, "post_processor": kept.post_processor}
+        whole["decoder"] = kept.decoder or whole["decoder"]
+        inner = tokenizers.Tokenizer.from_str(json.dumps(whole))
     return inner
 
 
-def load(path: str | Path) -> Loaded:
-    """Takes a byte-level BPE's tokenizer.json, ours or a published one, apart."""
+def normalised(texts: Iterable[str], normalizer: dict | None) -> Iterable[str]:
+    """Texts behind a normaliser, each whole: it may treat where a text begins in its own way."""
+    if not normalizer:
+        return texts
+    whole = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    inner = tokenizers.Tokenizer.from_str(json.dumps(whole | {"normalizer": normalizer}))
+    return map(inner.normalizer.normalize_str, texts)
+
+
+def find(path: str | Path) -> Path:
+    """The file, or the one in a folder."""
     file = Path(path).expanduser()
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"{str(path)!r} is not a tokenizer.json or a folder with one")
+    return file
+
+
+def load(path: str | Path) -> Loaded:
+    """Takes a byte-level BPE's tokenizer.json, ours or a published one, apart."""
+    file = find(path)
     try:
         found = json.loads(file.read_text("utf-8"))
-        model = found["model"]
+        model, added = found["model"], tuple(found.get("added_tokens") or ())
         vocab, merges = model["vocab"], model["merges"]
+        marks = {token["content"] for token in added}
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(file)!r} is no tokenizer.json of a BPE ({error!r})") from None
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             raise ValueError(f"{str(file)!r} is no byte-level BPE: its model has {key}")
     pairs = tuple(tuple(m.split(" ") if isinstance(m, str) else m) for m in merges)
-    added = {t["content"]: t["id"] for t in found.get("added_tokens") or ()}
-    plain = {t: i for t, i in vocab.items() if t not in added}
+    plain = {t: i for t, i in vocab.items() if t not in marks}
     strange = next((t for t in plain if not symbol_bytes().keys() >= set(t)), None)
     if strange is not None:
         raise ValueError(f"{str(file)!r} is no byte-level BPE: token {strange!r} spells no bytes")
     missing = next((p for p in pairs if not {*p, p[0] + p[1]} <= plain.keys()), None)
     if missing is not None:
         raise ValueError(f"{str(file)!r}: merge {missing} has a token that is not in vocab")
-    return Loaded(Bpe(plain, pairs), added, found.get("normalizer"), found.get("pre_tokenizer"))
+    parts = map(found.get, ("normalizer", "decoder", "post_processor"))
+    return Loaded(Bpe(plain, pairs), added, *parts, bool(model.get("ignore_merges")))
 
 
 def from_merges(

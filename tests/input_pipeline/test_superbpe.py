@@ -189,7 +189,6 @@ def test_check_3_equals_the_private_code_point_trick(questions):
     secret = "".join("\n" if i < 0 else code[names[i]] for i in rows.ids.tolist())
     inner = hf.Tokenizer(hf.models.BPE())
     inner.pre_tokenizer = hf.pre_tokenizers.Split("\n", "removed")
-    trainer = hf.trainers.BpeTrainer(vocab_size=10**6, show_progress=False, limit_alphabet=10**6)
     repeated = _repeated(secret, rows)
     trainer = hf.trainers.BpeTrainer(
         vocab_size=len(set(secret) - {"\n"}) + 700, show_progress=False, limit_alphabet=10**6

@@ -1,6 +1,5 @@
 """SuperBPE as a user runs it: inputs, counts on disk, kills, sweep, models; checks 7 to 9."""
 
-import gzip
 import json
 import random
 import signal
@@ -18,94 +17,16 @@ from input_pipeline import tokenizers
 from input_pipeline.records import Skipped
 from input_pipeline.superbpe import counting, reading, stage1, stage2, sweep, task, tokenizer_json
 from input_pipeline.superbpe.bpe import Bpe, digest, read_merges
-from input_pipeline.superbpe.rules import NO_VETO, PRESETS, S1, S2, Rules
+from input_pipeline.superbpe.rules import NO_VETO, PRESETS, S1, S2, Rules, Veto
+from tests.input_pipeline.superbpe_texts import TEXT, config
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "superbpe"
-WORDS = [
-    *("snail", "whale", "shell", "water", "house", "night", "light", "stone"),
-    *("river", "small", "green", "quick", "slow", "old", "new"),
-]
-RNG = random.Random(0)
-LINES = [
-    f"The {a} {b} of the {c} is in the {d}" + RNG.choice([".\n", ", and so is 1 of 234.\n", ":\n"])
-    for a, b, c, d in (RNG.choices(WORDS, k=4) for _ in range(400))
-]
-TEXT = "".join(line + ("\n" if i % 5 == 0 else "") for i, line in enumerate(LINES))
-
-
-def config(path, *overrides, **fields):
-    """configs/superbpe.py on files; fields of data.superbpe."""
-    found = load_config("configs/superbpe.py:debug", *overrides)
-    with found.unlocked():
-        found.data.text, found.data.path = "folder", str(path)
-        found.data.superbpe.update(dict(sample_mb=0.0, held_out=0.0) | fields)
-    return found
 
 
 @pytest.fixture(scope="module")
 def questions(public_data) -> str:
     return public_data("superbpe", "gsm8k_questions_train.txt").read_text("utf-8")
-
-
-def test_every_kind_of_file_gives_the_same_documents(tmp_path):
-    """Text, jsonl, gz, ArrayRecord; blank lines part documents and no character is lost."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    skipped = Skipped(0)
-    (tmp_path / "a.txt").write_text(TEXT, newline="")
-    blocks = list(reading.read_file(tmp_path / "a.txt", skipped))
-    assert "".join(blocks) == TEXT and len(blocks) > 30
-    rows = "".join(json.dumps({"text": block}) + "\n" for block in blocks)
-    (tmp_path / "a.jsonl").write_text(rows)
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
-        file.write(rows)
-    writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
-    for i, block in enumerate(blocks):
-        writer.write(block.encode() if i % 2 else json.dumps({"text": block}).encode())
-    writer.close()
-    for name in ("a.jsonl", "a.jsonl.gz", "a.array_record"):
-        assert list(reading.read_file(tmp_path / name, skipped)) == blocks, name
-
-
-def test_tfds_folders_are_read(make_config, cache):
-    """A stored set of this repository is a TFDS set."""
-    from input_pipeline import documents
-
-    path = documents.prepare(make_config(name="text", text="docs").data)
-    found = set(reading.read_file(path, Skipped(0)))
-    assert found > set(documents.load(make_config(name="text", text="docs").data, "test")[0])
-
-
-def test_bad_rows_are_counted_and_bad_inputs_named(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"txt": 1}\nnonsense\n')
-    skipped = Skipped(5)
-    assert list(reading.read_file(tmp_path / "a.jsonl", skipped)) == ["good"]
-    assert skipped.counts == {"unreadable": 2}
-    (tmp_path / "b.jsonl").write_text('{"text": "half \\ud800 a pair"}\n')
-    found = [d.text for d in reading.stream(config(tmp_path / "b.jsonl").data)]
-    assert found == ["half ? a pair"]
-    with pytest.raises(FileNotFoundError, match="inputs='nowhere' is no text file.*catalogues"):
-        list(reading.stream(config("nowhere").data))
-    with pytest.raises(ValueError, match="vocab_size=200: more than the 256 bytes"):
-        task.run(config(tmp_path / "b.jsonl", "data.vocab_size=200"), tmp_path / "out")
-    with pytest.raises(ValueError, match="rules='repa' is none of repo, paper"):
-        task.run(config(tmp_path / "b.jsonl", rules="repa"), tmp_path / "out")
-
-
-def sample(rows, limit, seed):
-    kept = reading.Sample(limit, seed)
-    for row in rows:
-        kept.add(*row)
-    return kept.texts()
-
-
-def test_sample_is_bounded_and_does_not_depend_on_the_order():
-    rows = [("x", f"document {i} " * (1 + i % 7)) for i in range(500)]
-    kept = sample(rows, 5000, 0)
-    assert 4000 < sum(len(t) for _, t in kept) <= 5000
-    assert sample(rows[::-1], 5000, 0) == kept != sample(rows, 5000, 1)
-    assert sample(rows, 0, 0) == rows
 
 
 @pytest.mark.parametrize("engine", ["auto", "python"])
@@ -124,6 +45,47 @@ def test_counts_on_disk_give_the_same_merges(tmp_path, engine):
     assert found.bpe == stage2.train([TEXT], plain.first(40), 150, engine=engine).bpe
 
 
+def test_many_parts_are_merged_with_few_open_files(tmp_path):
+    """Every piece a part of its own: thousands of them, far more than a process may open."""
+    resource = pytest.importorskip("resource")
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, usual[1]))
+    try:
+        many = counting.count([TEXT[:9000]], (S1,), tmp_path / "many.tsv", memory_mb=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+    one = counting.count([TEXT[:9000]], (S1,), tmp_path / "one.tsv")
+    assert many.read_text() == one.read_text() and set(tmp_path.iterdir()) == {one, many}
+
+
+def test_beam_refuses_before_it_reads(tmp_path):
+    """Held-out shares and names are for counting here."""
+    for fields, message in (
+        (dict(held_out=0.05), "set held_out=0.0"),
+        (dict(inputs=("gcide",)), "'gcide', which is no file: count='beam' counts files only"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            task.run(config(tmp_path / "nowhere", count="beam", **fields), tmp_path / "out")
+
+
+def test_beam_reads_files_as_the_others_do(tmp_path):
+    """Halves of surrogate pairs, rows without a text, normalisers; and little of a file here."""
+    rows = ['{"text": "half \\ud800 a pair"}', '{"text": null}', '{"text": "A b A"}']
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(rows))
+    found = dict(counting._count_file(str(path), (S1,), 1, {"type": "Lowercase"}))
+    assert found == {"half": 1, "Ġ?": 1, "Ġa": 2, "Ġpair": 1, "a": 1, "Ġb": 1}
+    with pytest.raises(ValueError, match="max_unreadable=0 is passed"):
+        list(counting._count_file(str(path), (S1,), 0, None))
+    for name in "bc":
+        (tmp_path / f"{name}.txt").write_text(TEXT, newline="")
+    data = config(tmp_path).data
+    some = list(reading.beginnings(data, 6000))
+    assert [d.domain for d in some if d.domain != "b" and d.domain != "c"] == ["a", "a"]
+    assert 2000 <= sum(len(d.text) for d in some if d.domain == "c") < 2500
+    assert len(list(reading.beginnings(data, 0))) == len(list(reading.stream(data)))
+
+
 def test_beam_counts_the_same(tmp_path):
     """The pipeline on this machine's runner; needs the extra "beam"."""
     pytest.importorskip("apache_beam", reason="needs the extra beam")
@@ -133,6 +95,20 @@ def test_beam_counts_the_same(tmp_path):
     parts = counting.count_with_beam(files, (S1,), tmp_path / "beam")
     one = counting.count([TEXT, TEXT], (S1,), tmp_path / "disk.tsv")
     assert sorted(counting.read_counts(parts)) == sorted(counting.read_counts(one))
+
+
+def test_task_with_beam_equals_task_on_disk(tmp_path):
+    """The whole command; needs the extra "beam"."""
+    pytest.importorskip("apache_beam", reason="needs the extra beam")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(TEXT, newline="")
+    found = []
+    for count in ("beam", "disk"):
+        inputs = (str(tmp_path / "a.txt"), str(tmp_path / "b.txt"))
+        over = config(tmp_path, "data.vocab_size=340", inputs=inputs, count=count)
+        task.run(over, tmp_path / count)
+        found.append(read_merges(tmp_path / count / "merges.txt"))
+    assert found[0] == found[1]
 
 
 def test_counts_do_not_end_at_two_to_the_31():
@@ -169,45 +145,63 @@ def test_task_leaves_what_it_says(tmp_path):
     assert json.loads((out / "vocab.json").read_text()).items() <= inner.get_vocab().items()
 
 
-def test_stage_2_goes_on_from_any_tokenizer_exactly(tmp_path):
-    """Saved, read and continued = never stopped; ids of an extended vocabulary stay."""
-    plain = stage1.train([TEXT], vocab_size=120)
-    whole = stage2.train([TEXT], plain.first(40), 200).bpe
-    for stop in (0, 45, 70):
-        start = whole.first(stop) if stop else plain.first(40)
-        tokenizer_json.build(start, (S2,), ("<eos>",)).save(str(tmp_path / "tokenizer.json"))
-        again = tokenizer_json.load(tmp_path)
-        assert stage2.train([TEXT], again.bpe, 200).bpe == whole and "<eos>" in again.specials
-    # GPT-2's kind of file: specials first, ids in an order of its own, merges as text.
-    trainer = hf.trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"],
-                                     initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
-                                     show_progress=False)  # fmt: skip
-    inner = hf.Tokenizer(hf.models.BPE())
-    inner.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.normalizer = hf.normalizers.NFC()
-    inner.train_from_iterator([TEXT], trainer)
-    inner.save(str(tmp_path / "other.json"))
-    over = ("data.vocab_size=380",)
-    (tmp_path / "in.txt").write_text(TEXT, newline="")
-    fields = dict(start=str(tmp_path / "other.json"), keep=True)
-    task.run(config(tmp_path / "in.txt", *over, **fields), tmp_path / "out")
-    made = hf.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
-    assert inner.get_vocab().items() <= made.get_vocab().items()
-    assert made.get_vocab_size() == 382 and "NFC" in made.to_str()
-    assert made.decode(made.encode(TEXT).ids) == TEXT
-
-
-def test_files_that_are_no_byte_level_bpe_are_explained(tmp_path):
-    file = tmp_path / "x.json"
-    for text, message in (
-        ("{}", "no tokenizer.json of a BPE"),
-        ('{"model": {"vocab": {"▁a": 0}, "merges": []}}', "token '▁a' spells no bytes"),
-        ('{"model": {"vocab": {}, "merges": [], "byte_fallback": true}}', "has byte_fallback"),
-        ('{"model": {"vocab": {"a": 0}, "merges": ["a b"]}}', "a token that is not in vocab"),
+def test_vetoes_are_the_presets_unless_the_config_gives_them():
+    """What the config gives is taken although it is what other presets have."""
+    for texts, expected in (
+        (("rules=repo",), Veto()),
+        (("rules=none",), Veto(digits=False)),
+        (("rules=none", "digits=True", "colon=False"), Veto(colon=False)),
+        (("rules=bpe",), NO_VETO),
+        (("rules=bpe", "max_words=4", "punctuation=True"), Veto(4, False, False, False, True)),
     ):
-        file.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            tokenizer_json.load(file)
+        over = [f"data.superbpe.{text}" for text in texts]
+        options = load_config("configs/superbpe.py:debug", *over).data.superbpe
+        assert task._rules(options).veto == expected, texts
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(t=5000), "superbpe.t=5000: allowed are -1 and 0 to 339"),
+        (dict(t=-3), "superbpe.t=-3: allowed are -1 and 0 to 339"),
+        (dict(t=200), "superbpe.t=200: allowed are -1 and 0 to 74, the merges that stage 1 found"),
+        (dict(share=1.5), "superbpe.share=1.5: allowed are 0 to 1"),
+        (dict(sweep=(0.5, 2.0)), "superbpe.sweep has 2.0: shares lie in"),
+        (dict(keep=True), "keep=True keeps the whole vocabulary of `start`: it needs start=FILE"),
+        (dict(count="dusk"), "count='dusk': allowed are memory, disk, beam"),
+    ],
+)
+def test_numbers_that_cannot_be_are_explained(tmp_path, fields, message):
+    (tmp_path / "in.txt").write_text(TEXT, newline="")
+    with pytest.raises(ValueError, match=message):
+        task.run(config(tmp_path / "in.txt", "data.vocab_size=340", **fields), tmp_path / "out")
+
+
+def test_stage_2_without_room_is_explained(tmp_path):
+    """A share of 1 leaves nothing to it; one merge less is enough."""
+    (tmp_path / "in.txt").write_text(TEXT, newline="")
+    over = config(tmp_path / "in.txt", "data.vocab_size=300", t=44)
+    with pytest.raises(ValueError, match="begins with 300 tokens .t=44., so at least 301"):
+        task.run(over, tmp_path / "out")
+    over.data.superbpe.t = 43
+    assert task.run(over, tmp_path / "out")["t"] == 43
+
+
+def test_a_run_is_finished_when_its_last_file_is_there(tmp_path, monkeypatch):
+    """Empty texts are passed over; report.json, which says "finished", comes last."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text(TEXT, newline="")
+    (tmp_path / "in" / "b.jsonl").write_text('{"text": ""}\n')
+    over, out = config(tmp_path / "in", "data.vocab_size=340"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(task.report, "plot", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            task.run(over, out)
+    assert not (out / "report.json").exists()
+    told = task.run(over, out)
+    assert (out / "report.png").exists() and told["bytes_per_token"]["all"] > 4
+    nothing = told | {"bytes_per_token": {"all": 0.0}}
+    assert "| all |" in task.report.markdown(nothing, "no tokens")
 
 
 def test_a_killed_run_goes_on_with_the_same_merges(tmp_path):
@@ -244,7 +238,7 @@ def test_a_killed_run_goes_on_with_the_same_merges(tmp_path):
 
 def test_check_7_interior_optimum_of_t(questions):
     """1.4 MB, 4,000 tokens: some t between nothing and all is best, and BPE lowest (the sweep
-    over 13.7 MB of English is test_check_7_committed_sweep)."""
+    over 6.3 MB of English is test_check_7_committed_sweep)."""
     cut = questions.rindex("\n\n", 0, 1_200_000)
     held = questions[cut + 2 :].split("\n\n")
     plain = stage1.train([questions[:cut]], vocab_size=4000)
@@ -304,11 +298,12 @@ def test_check_8_committed_growth():
 
 
 def test_check_9_committed_language_models():
-    """Three seeds each, equal FLOPs and bytes of context to a hundredth."""
+    """What the committed runs say: three seeds each, equal FLOPs and bytes of context to a
+    hundredth, SuperBPE cheaper a byte and more even. Nothing is trained here."""
     groups = json.loads((RESULTS / "language_models.json").read_text())["groups"]
     bpe, superbpe = groups["bpe"], groups["superbpe"]
     for key in ("token_cost/context_bytes", "token_cost/training_petaflops"):
-        assert abs(superbpe[key]["mean"] / bpe[key]["mean"] - 1) < 0.02, key
+        assert abs(superbpe[key]["mean"] / bpe[key]["mean"] - 1) < 0.01, key
     assert all(metric["n"] == 3 for group in groups.values() for metric in group.values())
     for key in ("token_cost/flops_per_byte", "token_cost/std_over_mean"):
         assert superbpe[key]["mean"] < bpe[key]["mean"], key
