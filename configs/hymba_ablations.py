@@ -1,6 +1,6 @@
 """Hymba's design roadmap at small scale: one command trains every step of it with three seeds.
 
-    python main.py --config=configs/hymba_ablations.py:recall
+    python main.py --config=configs/hymba_ablations.py:roadmap
 
 Aims at the paper's design roadmap (arXiv 2411.13676, table 1: commonsense, recall, throughput and
 cache of 300M models). Attention alone, Mamba alone, one after the other, side by side, then with
@@ -14,6 +14,7 @@ Leaves report.md, report.json and report.png in the workdir.
 | state | the same with two layers and equal sizes | Mamba clearly lower |
 | needle | 4 keys with values in 128 tokens, windows of 8 | all windows far below two global |
 | text | bits per byte, bytes of the state, tokens a second | side by side >= one after the other |
+| roadmap | recall, needle and text in one list and one table, 81 runs | |
 | meta | share of attention on the first token, entropy | both fall with meta tokens |
 | debug | recall with a few steps, two of the models | minutes |
 """
@@ -45,11 +46,14 @@ GROUPS = {
     "no global layer": model(everywhere=NOWHERE),
     "concatenated": model("concat"),
 }
+TASKS = ("recall", "needle", "text")
 
 
 def get_config(arg=""):
     """The list of runs of one comparison."""
-    variant = common.parse_arg(arg, ("recall", "state", "needle", "text", "meta", "debug")).variant
+    variant = common.parse_arg(arg, ("roadmap", *TASKS, "state", "meta", "debug")).variant
+    if variant == "roadmap":
+        return _roadmap()
     short = (f"{NODE}size=debug", f"{NODE}window=64", "sample.prompts=()")
     short += ("steps=300", "schedule.decay=60")
     if variant == "meta":
@@ -77,3 +81,15 @@ def get_config(arg=""):
         "recall": ("more", (f"{NODE}state=1", "batch_size=64", "steps=600")),
     }[variant or "recall"]
     return ablation(f"configs/recall.py:{variant},model=hymba", GROUPS, extra, columns)
+
+
+def _roadmap():
+    """All tasks' runs, "recall: attention/seed0" and so on; a task's columns are its own."""
+    lists = {task: get_config(task) for task in TASKS}
+    columns = dict.fromkeys(c for one in lists.values() for c in one.evaluation.table.metrics)
+    config = lists["text"]
+    config.runs = tuple(
+        (f"{task}: {name}", *rest) for task, one in lists.items() for name, *rest in one.runs
+    )
+    config.evaluation.table.metrics = tuple(columns)
+    return config
