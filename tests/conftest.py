@@ -12,9 +12,10 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as training/platform.py sets it
 # Most of the suite's time is compiling what then runs on a few numbers once: a third less so.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Pallas's interpreter of GPU kernels has a program for each thread of a block, and threads meet at
-# barriers: with asynchronous dispatch programs queue for as many places as there are cores and, on
-# two busy ones, wait for each other for ever.
+# Pallas interprets a program for each thread of a GPU block, and threads meet at barriers. With as
+# many threads as two cores get (NPROC says how many XLA starts), programs that wait hold the places
+# of those that are waited for, for ever.
+os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 # Subprocesses that tests start inherit the cache through the environment. JAX writes its files in
 # place, so processes that run at the same time must not read each other's.
