@@ -8,7 +8,7 @@ Data: OpenMoji glyphs with their CLDR names. The tokenizer is that of configs/bs
 | variant | trains | where, how long |
 | --- | --- | --- |
 | (none) | 32 px to 85 tokens of 16 bits on 4 scales, 3.0 M parameters | 2 CPU cores, 12 minutes |
-| var | VAR: a caption is one vector, a token one of 2^16 codes, 10 M more parameters | an hour |
+| var | VAR: a caption is one vector, a token one of 2^16 codes (30 steps tried) | 1/3 step/s |
 | debug | the same with a tiny model, a few steps | under a minute |
 | 125m, 361m, 940m | the paper's layer12, layer16, layer24; 256 px, your own pictures | pods |
 | 2b, layer32, layer40, layer48 | 2.2, 2.3, 4.7 and 8.8 B; 1,024 px, d = 32 bits | pods |

@@ -50,7 +50,6 @@ SIZES = {
     "small": (),
     "smaller": ("model.transformer.width=96", "model.transformer.depth=3"),
 }
-
 # Only captions to pictures: what the others see of the data. Its ViT, 0.4 of 3.4 M parameters, has
 # nothing to do then and is not counted. A picture is 16 of its tokens and 85 of the others'.
 UNIFLUID = ("data.mix.caption=0.0", "data.mix.vqa=0.0", "batch_size=32", EVALS)

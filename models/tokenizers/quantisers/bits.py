@@ -18,7 +18,7 @@ from models.tokenizers.quantisers import Quantised, Quantiser, perplexity
 from models.tokenizers.quantisers.resize import area, resize
 from models.tokenizers.quantisers.schedules import Schedule, schedule_for, split, tokens
 
-COUNTED = 16  # bits up to which whole codes are counted in training
+COUNTED = 12  # bits up to which a training step counts whole codes, on all devices together
 JOINT_LIMIT = 20  # bits above which LFQ's joint entropy, an array of tokens x 2^d, makes no sense
 
 

@@ -140,14 +140,14 @@ def build(cfg, options) -> Quantiser:
         hits = sum(jnp.zeros(cfg.codebook).at[i.ravel()].add(1.0) for i in got.indices)
         p = hits / hits.sum()
         state = {**extra, "use": MOMENTUM * extra["use"] + (1 - MOMENTUM) * cfg.codebook * p}
-        used = -(p * jnp.log2(p + 1e-10)).sum()
+        alike = perplexity(hits)
         bits = math.log2(cfg.codebook)
         metrics = {
             "commitment": commitment,
             "bits_per_token": share * bits,
-            "bits_used": share * used,
+            "bits_used": share * jnp.log2(alike),
             "codebook_usage": share * (state["use"] >= USED).mean(),
-            "code_perplexity": share * perplexity(hits),
+            "code_perplexity": share * alike,
             "bits_per_image": share * bits * tokens(scales),
         }
         if options.revive:
