@@ -3,8 +3,9 @@
     python main.py --config=configs/infinity_ablations.py:correction
 
 Aims at the signs of the paper's tables (arXiv 2412.04431: self-correction FID 9.76 -> 3.48,
-decoding, vocabulary against model size) with the default run of configs/infinity.py. A killed
-command goes on. Leaves report.md, report.json and report.png in the workdir.
+decoding, vocabulary against model size) with the default model of configs/infinity.py and 800 of
+its steps a run, so that a table is a few CPU hours. A killed command goes on. Leaves report.md,
+report.json and report.png in the workdir.
 
 | variant | compares | expected sign |
 | --- | --- | --- |
@@ -36,7 +37,9 @@ CORRECTIONS = {
     "self-correction": ("model.correction=self",),
 }
 EVALS = 'evals=("retrieval","kid")'
-SHORT = ('evals=("bits","retrieval","kid")', "sample.prompts=()")
+STEPS = 800
+BUDGET = (f"steps={STEPS}", f"schedule.decay={STEPS // 3}")
+SHORT = (*BUDGET, 'evals=("bits","retrieval","kid")', "sample.prompts=()")
 # Guidance of the hidden states is in front of the last two blocks.
 DECODING = {
     **{f"guidance {g}": (f"sample.guidance=({g}.0,)",) for g in (1, 2, 3, 4, 6)},
@@ -55,7 +58,7 @@ SIZES = {
 UNIFLUID = ("data.mix.caption=0.0", "data.mix.vqa=0.0", "batch_size=32", EVALS)
 UNIFLUIDS = {
     f"UniFluid, as many {what}": (*UNIFLUID, f"steps={steps}", f"schedule.decay={steps // 3}")
-    for what, steps in {"pictures": 1500, "tokens": 1500 * 85 // 16}.items()
+    for what, steps in {"pictures": STEPS, "tokens": STEPS * 85 // 16}.items()
 }
 VAR = tuple(f"{key}={value}" for key, value in INSTEAD.items())
 VARIANTS = ("correction", "decoding", "bits", "index", "systems", "debug")
@@ -109,7 +112,7 @@ def _bits(widths, models):
     tokenizers, runs = [], []
     for bits in widths:
         name, size = f"tokenizer/{bits} bits", f"model.tokenizer.z={bits}"
-        tokenizers.append((name, "configs/bsq_vae.py", (size,)))
+        tokenizers.append((name, "configs/bsq_vae.py", (size, "steps=1500")))
         groups = {
             f"{bits} bits, {model}": (size, f"init_from=vae={{workdir}}/{name}", *overrides)
             for model, overrides in models.items()
