@@ -44,7 +44,7 @@ def get_config(arg=""):
     """The list of runs."""
     variant = common.parse_arg(arg, ("debug",)).variant
     debug = variant == "debug"
-    length, steps, size = (64, 6, 1000) if debug else (256, 80, 8192)
+    length, steps, size = (64, 6, 1000) if debug else (256, 400, 8192)
     lengths = {k: round(length * BYTES_PER_TOKEN["bpe"] / v) for k, v in BYTES_PER_TOKEN.items()}
     cost = {k: n * flops_per_token(n, size) for k, n in lengths.items()}
     groups = {}
@@ -55,15 +55,15 @@ def get_config(arg=""):
             f"data.length={lengths[name]}",
             f"steps={mine}",
             f"schedule.decay={mine // 5}",
-            f"checkpoint.every={mine}",
+            "checkpoint.every=100",
         )
     extra = (
         "model.llama.size=mini",
-        "batch_size=4",
+        f"batch_size={4 if debug else 16}",
         f"evaluation.windows={16 if debug else 64}",
         'evals=("bits_per_byte","token_cost")',
         "sample.prompts=()",
-        "schedule.warmup=10",
+        f"schedule.warmup={10 if debug else 40}",
     )
     text = ("data.text=docs" if debug else "data.text=gcide",)  # BYTES_PER_TOKEN is GCIDE's
     seeds = (0,) if debug else SEEDS
