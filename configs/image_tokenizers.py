@@ -55,6 +55,7 @@ def published(model: dict, objective: dict, data: dict, **settings):
         precision="bfloat16",
         remat="full",
         evals=("reconstruction",),
+        evaluation=dict(batch=(2048 // data["image_size"]) ** 2),  # 4M pixels a call
         eval_every=10_000,
         checkpoint=dict(every=1000, keep=3, keep_every=50_000),
         log_every=100,

@@ -75,11 +75,10 @@ def published(variant: str, side: int = 0, ratios: str = ""):
     size = PUBLISHED[variant]
     side = side or (256 if variant in ("125m", "361m", "940m") else 1024)
     shapes = shapes_of(ratios, side) if ratios else ((1.0,), ())
-    tokenizer = "infinity_8b" if size == "8b" else "infinity_d32"
     batch = 4096 if side == 256 else 2048
     model = MODEL | dict(
         transformer=dict(size=size),
-        tokenizer=dict(size=tokenizer),
+        tokenizer=dict(size="infinity_8b" if size == "8b" else "infinity_d32"),
         text=dict(name="t5", size="xl"),  # data.text_embeddings: its folder
         vocab_size=32_128,
         ratios=shapes[0],
@@ -112,6 +111,8 @@ def published(variant: str, side: int = 0, ratios: str = ""):
         accumulate=1 if side == 256 else 8,  # the 2B model on 256 v5e: 5 of 16 GiB, else 31
         sample=SAMPLE | dict(guidance=(4.0,), temperature=(0.5,), strip=False),
         evals=("bits", "reconstruction", "sheets"),
+        # Calls of 4M pixels; a row of 1M pixels holds 5.5 GB of the 2B's keys and values, guided.
+        evaluation=dict(batch=(2048 // side) ** 2, draw_batch=128 if side == 256 else 32),
         eval_every=10_000,
         sample_every=10_000,
         checkpoint=dict(every=1000, keep=3, keep_every=50_000),
