@@ -102,6 +102,8 @@ def _levels(groups, columns) -> dict[str, dict[str, float]]:
 
 def _plot(path: Path, title, columns, summary, levels):
     names = list(summary)
+    # Names that differ in a number are points of a curve; others have no order to draw a line in.
+    line = "-" if len({re.sub(r"[\d.]+", "", name) for name in names}) == 1 else ""
     across = min(4, len(columns))
     down = -(-len(columns) // across)
     with drawn(path, size=(3.4 * across, 2.8 * down)) as figure:
@@ -114,7 +116,7 @@ def _plot(path: Path, title, columns, summary, levels):
             if not cells:
                 continue
             means, spreads = zip(*((c["mean"], c["std"] or 0.0) for c in cells.values()))
-            axes.errorbar(list(cells), means, spreads, marker="o", capsize=3)
+            axes.errorbar(list(cells), means, spreads, marker="o", ls=line, capsize=3)
             for x, c in cells.items():
                 axes.plot([x] * c["n"], c["values"], ".", color="grey", alpha=0.6)
             for suffix, values in levels.items():
