@@ -8,7 +8,7 @@ quantiser are overrides: --config.model.tokenizer.codebook=1024, .schedule=geome
 
 | variant | trains | where, how long |
 | --- | --- | --- |
-| (none) | 32 px to 64 of 512 codes (9 bits), 0.6 M parameters | 2 CPU cores, minutes |
+| (none) | 32 px to 64 of 512 codes (9 bits), 0.6 M parameters | 1 CPU core, 6 minutes |
 | 64 | the same tokens of 64 px, 2.6 M parameters | 2 CPU cores, half an hour |
 | full | 64 with every loss on: LPIPS (AlexNet, the eval extra), PatchGAN | 2 CPU cores, hours |
 | debug | 20 steps of the default | under a minute |

@@ -37,18 +37,21 @@ def kl(size):
     return rebuilder(f"kl_vae_{size}.safetensors", abstract, names, rebuild)
 
 
-def bsq(size):
-    """The binary tokenizer."""
-    cfg = discrete.SIZES[f"small_{size}"]
+def codes(kind, size):
+    """A tokenizer of bits or of rows of a codebook."""
+    cfg = discrete.SIZES[{"bsq_vae": f"small_{size}", "vqgan": f"small_vq_{size}"}[kind]]
 
     def rebuild(params, images):
         return discrete.decode(params, cfg, discrete.encode(params, cfg, images))
 
     names = discrete_weights.weight_map(cfg)
-    return rebuilder(f"bsq_vae_{size}.safetensors", discrete.abstract(cfg), names, rebuild)
+    return rebuilder(f"{kind}_{size}.safetensors", discrete.abstract(cfg), names, rebuild)
 
 
-@pytest.mark.parametrize("kind, size, least", [(kl, 32, 20.0), (kl, 64, 24.0), (bsq, 32, 22.0)])
+@pytest.mark.parametrize(
+    "kind, size, least",
+    [("kl_vae", 32, 20.0), ("kl_vae", 64, 24.0), ("bsq_vae", 32, 22.0), ("vqgan", 32, 22.0)],
+)
 def test_tokenizer_and_classifier(kind, size, least):
     """Held-out food glyphs survive the tokenizer, and the classifier knows rebuilt pictures again:
     the ceiling of what retrieval can report for drawn ones."""
@@ -58,7 +61,7 @@ def test_tokenizer_and_classifier(kind, size, least):
             evaluation=eval_config(),
         )
     )
-    rebuild = kind(size)
+    rebuild = kl(size) if kind == "kl_vae" else codes(kind, size)
     held_out = openmoji.load(settings.data, "test", size)
     real = held_out.pictures.gather(np.arange(len(held_out)))
     assert metrics.psnr(rebuild(real), real).mean() > least
