@@ -84,6 +84,9 @@ def test_overrides_keep_their_types():
     )
     assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
     assert config.profile == (10, 5) and config.evals == ("kid", "sheets")
+    again = ('evals=("kid",)', "steps=1", "evals=sheets", "steps=2")
+    twice = load_config("configs/uniflud.py", *again)
+    assert twice.evals == ("sheets",) and twice.steps == 2  # the last counts, of tuples too
     assert config.sample.prompts == ("a red, round apple",)
     assert config.ema.warmup is False and config.schedule.boundaries == (1, 2)
 
