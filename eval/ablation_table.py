@@ -113,6 +113,7 @@ def _plot(path: Path, title, columns, summary, levels):
             cells = {x: c for x, c in cells.items() if c}
             axes.set_title(column, fontsize=9)
             axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
+            axes.set_xlim(-0.5, len(names) - 0.5)
             if not cells:
                 continue
             means, spreads = zip(*((c["mean"], c["std"] or 0.0) for c in cells.values()))
