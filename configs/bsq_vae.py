@@ -10,8 +10,8 @@ Any quantiser and size is an override: --config.model.tokenizer.z=32, .scales=1 
 | variant | trains | where, how long |
 | --- | --- | --- |
 | (none) | 32 px to 85 tokens of 16 bits, 4 scales, 0.6 M parameters | 2 CPU cores, half an hour |
-| 64 | the same tokens of 64 px, 2.5 M parameters | 2 CPU cores, half an hour |
-| full | 64 with every loss on: LPIPS (AlexNet, the eval extra), PatchGAN | 2 CPU cores, hours |
+| 64 | the same tokens of 64 px, 2.5 M parameters | 1 CPU core, 16 minutes |
+| full | 64 with every loss on: LPIPS (AlexNet, the eval extra), PatchGAN | 1 CPU core, 34 minutes |
 | debug | 20 steps of the default | under a minute |
 | d16, d32, d64 | Infinity's 110 M parameters at stride 16, stage 1: 256 px, dense scales | pods |
 | d16_stage2, ... d64_stage2 | stage 2: 256, 512, 1024 px in turn; init_from=stage 1 | pods |
