@@ -23,7 +23,9 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_enum("mode", "train", cli.MODES, "what to do", own)
     flags.DEFINE_integer("step", None, "checkpoint to use (the newest)", flag_values=own)
     flags.DEFINE_multi_string("prompt", [], "mode sample: a text; may be repeated", own)
-    flags.DEFINE_multi_string("image", [], "mode sample: a picture to caption or edit", own)
+    flags.DEFINE_multi_string(
+        "image", [], "mode sample: a picture to caption, edit or rebuild", own
+    )
     flags.DEFINE_string("topology", "", "mode dryrun: v5e:16x16, v5p:4x4x4, h100:8, ...", own)
     flags.DEFINE_boolean("debug_errors", False, "show the traceback of an error", own)
     return own

@@ -9,6 +9,7 @@ from PIL import Image
 
 from inference import drawing, pictures, unified, writing
 from input_pipeline import layout, text_embeddings
+from models.tokenizers.autoencoder import psnr, to_float
 
 
 def write(config, model, params, *, tokenizer, step, rng, workdir) -> None:
@@ -35,7 +36,7 @@ def respond(config, model, params, *, tokenizer, step, rng, workdir, prompts, im
 
     Without pictures every prompt is drawn. With pictures every prompt is a question about each of
     them (an edit where the config trains edits), and no prompt asks for captions. A language model
-    continues every prompt.
+    continues every prompt, an image tokenizer rebuilds every picture.
     Returns the files written.
     """
     folder = Path(workdir) / "samples"
@@ -46,6 +47,12 @@ def respond(config, model, params, *, tokenizer, step, rng, workdir, prompts, im
         given = dict(tokenizer=tokenizer, prompts=prompts or list(config.sample.prompts), rng=rng)
         path = folder / f"sample-{step}.txt"
         return writing.write(config, model, params, path=path, stream=True, **given)
+    if "reconstruct" in model.predict:
+        if prompts or not images:
+            raise ValueError("an image tokenizer rebuilds pictures: give --image=FILE, no --prompt")
+        return _write_rebuilt(config, model, params, images, folder, step)
+    if "init_cache" not in model.predict:
+        raise ValueError("this model neither draws nor writes; --mode=eval shows what it does")
     common = (config, model, params, tokenizer)
     if not images:
         prompts = prompts or list(config.sample.prompts)
@@ -153,6 +160,23 @@ def _write_edits(config, model, params, tokenizer, prompts, images, rng, folder,
     out = folder / f"edit-{step}.png"
     drawing.picture_grid(out, f"step {step}: before, after", [("edits", cells)], columns=4)
     return [out]
+
+
+def _write_rebuilt(config, model, params, images, folder, step):
+    before = np.stack([read_picture(path, config.data.image_size) for path in images])
+    seen = to_float(before)
+    after = jax.jit(model.predict["reconstruct"])(params, seen)
+    decibels = np.asarray(psnr(seen, after))
+    pixels = np.round(np.clip((np.asarray(after, np.float32) + 1) * 127.5, 0, 255)).astype(np.uint8)
+    texts = [f"{Path(path).name}: {d:.1f} dB" for path, d in zip(images, decibels)]
+    print("\n".join(texts))
+    files = [folder / f"rebuilt-{step}.png"]
+    cells = [((a, b), text) for a, b, text in zip(before, pixels, texts)]
+    drawing.picture_grid(files[0], f"step {step}: before, after", [("pictures", cells)], columns=4)
+    for i, picture in enumerate(pixels):
+        files.append(folder / f"rebuilt-{step}-{i}.png")
+        Image.fromarray(picture).save(files[-1])
+    return files
 
 
 def _strip(path, title, prompts, drawn) -> list[Path]:
