@@ -52,7 +52,7 @@ def respond(config, model, params, *, tokenizer, step, rng, workdir, prompts, im
             raise ValueError("an image tokenizer rebuilds pictures: give --image=FILE, no --prompt")
         return _write_rebuilt(config, model, params, images, folder, step)
     if "init_cache" not in model.predict:
-        raise ValueError("this model neither draws nor writes; --mode=eval shows what it does")
+        raise ValueError("this model neither draws nor writes")
     common = (config, model, params, tokenizer)
     if not images:
         prompts = prompts or list(config.sample.prompts)
