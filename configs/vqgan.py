@@ -9,8 +9,8 @@ quantiser are overrides: --config.model.tokenizer.codebook=1024, .schedule=geome
 | variant | trains | where, how long |
 | --- | --- | --- |
 | (none) | 32 px to 64 of 512 codes (9 bits), 0.6 M parameters | 1 CPU core, 6 minutes |
-| 64 | the same tokens of 64 px, 2.6 M parameters | 2 CPU cores, half an hour |
-| full | 64 with every loss on: LPIPS (AlexNet, the eval extra), PatchGAN | 2 CPU cores, hours |
+| 64 | the same tokens of 64 px, 2.6 M parameters | 1 CPU core, 16 minutes |
+| full | 64 with every loss on: LPIPS (AlexNet, the eval extra), PatchGAN | 1 CPU core, 40 minutes |
 | debug | 20 steps of the default | under a minute |
 | chameleon | 69 M parameters, 512 px, stride 16, 8,192 codes of 256, published names | pods |
 | var | 70 M parameters, 256 px, ten residual scales, 4,096 codes of 32, published names | pods |
