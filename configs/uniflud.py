@@ -7,7 +7,7 @@ Data: OpenMoji glyphs with their CLDR names in 14 languages and scenes composed 
 
 | variant | trains | where, how long |
 | --- | --- | --- |
-| (none) | some glyphs and scenes, 32 px in 16 tokens, 3 M parameters | 2 CPU cores, 9 minutes |
+| (none) | some glyphs and scenes, 32 px in 16 tokens, 3 M parameters | 2 CPU cores, 6 minutes |
 | debug | the same with a tiny model, a few steps | a minute at first, then less |
 | full | all glyphs, 64 px in 16 tokens; more scenes, packed questions | 2 CPU cores, 4.6 hours |
 | edit | edits of composed scenes, from the weights of the default run | minutes |

@@ -94,7 +94,8 @@ class Checkpoints:
             if found is not None:
                 return found
             if step is not None or s == steps[0]:
-                raise OSError(f"step {s} in {self.directory} cannot be read: {self._why}")
+                advice = "" if step is not None else "; no other is left: delete it to start again"
+                raise OSError(f"step {s} in {self.directory} cannot be read: {self._why}{advice}")
             self._put_aside(s)
         return None
 
