@@ -3,9 +3,8 @@
     python main.py --config=configs/infinity_ablations.py:correction
 
 Aims at the signs of the paper's tables (arXiv 2412.04431: self-correction FID 9.76 -> 3.48,
-decoding, vocabulary against model size) with the default model of configs/infinity.py and 800 of
-its steps a run, so that a table is a few CPU hours. A killed command goes on. Leaves report.md,
-report.json and report.png in the workdir.
+decoding, vocabulary against model size) with the default model of configs/infinity.py, 800 steps a
+run. A killed command goes on. Leaves report.md, report.json and report.png in the workdir.
 
 | variant | compares | expected sign |
 | --- | --- | --- |
@@ -87,14 +86,10 @@ def _decoding():
     """One training a seed; the other runs draw from its weights (one step at a rate of 0)."""
     config = ablation(CONFIG, {"guidance 3": ()}, SHORT, PICTURES)
     drawing = (EVALS, "sample.prompts=()", "steps=1", "optimizer.lr=0.0")
-    runs = []
+    others = {name: overrides for name, overrides in DECODING.items() if name != "guidance 3"}
     for seed in SEEDS:
         source = f"init_from={{workdir}}/guidance 3/seed{seed}"
-        for name, overrides in DECODING.items():
-            if name != "guidance 3":
-                own = (*drawing, source, *overrides, f"seed={seed}")
-                runs.append((f"{name}/seed{seed}", CONFIG, own))
-    config.runs += tuple(runs)
+        config.runs += ablation(CONFIG, others, (*drawing, source), seeds=(seed,)).runs
     return config
 
 

@@ -78,10 +78,8 @@ def define_config_flag(values: flags.FlagValues, argv: list[str]) -> None:
 def parse_flags(values: flags.FlagValues, argv: list[str]) -> tuple[ConfigDict, list[str]]:
     """(locked config, what is left of argv); a mistake is a ValueError of one line."""
     # Of a key that is set twice the last counts, also of a tuple, which the parser would extend.
-    keys = [text.partition("=")[0] for text in argv if text.startswith("--config.") and "=" in text]
-    for key in {key for key in keys if keys.count(key) > 1}:
-        *earlier, _ = [i for i, text in enumerate(argv) if text.startswith(f"{key}=")]
-        argv = [text for i, text in enumerate(argv) if i not in earlier]
+    keys = [re.match(r"--?(config\.[^=]+)=", text) for text in argv]
+    argv = list({key[1] if key else i: argv[i] for i, key in enumerate(keys)}.values())
     try:
         rest = values(argv)[1:]
         config = values["config"].value

@@ -9,7 +9,7 @@ from PIL import Image
 
 from inference import drawing, pictures, unified, writing
 from input_pipeline import layout, text_embeddings
-from models.tokenizers.autoencoder import psnr, to_float
+from models.tokenizers.autoencoder import psnr, to_float, to_uint8
 
 
 def write(config, model, params, *, tokenizer, step, rng, workdir) -> None:
@@ -149,7 +149,7 @@ def _write_edits(config, model, params, tokenizer, prompts, images, rng, folder,
     generate, see = config.model.image_size, config.data.und_size or config.data.image_size
     seen = np.stack([read_picture(path, see) for path, _ in asked])
     before = np.stack([read_picture(path, generate) for path, _ in asked])
-    tokens = model.predict["encode_latents"](params, before.astype(np.float32) / 127.5 - 1.0)
+    tokens = model.predict["encode_latents"](params, to_float(before))
     drawn = draw(
         config, model, params, tokenizer, [p for _, p in asked], rng, source=(seen, tokens)
     )
@@ -167,7 +167,7 @@ def _write_rebuilt(config, model, params, images, folder, step):
     seen = to_float(before)
     after = jax.jit(model.predict["reconstruct"])(params, seen)
     decibels = np.asarray(psnr(seen, after))
-    pixels = np.round(np.clip((np.asarray(after, np.float32) + 1) * 127.5, 0, 255)).astype(np.uint8)
+    pixels = np.asarray(to_uint8(after))
     texts = [f"{Path(path).name}: {d:.1f} dB" for path, d in zip(images, decibels)]
     print("\n".join(texts))
     files = [folder / f"rebuilt-{step}.png"]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from inference import beam
 from inference.beam import EOS, PAD
 from inference.diffusion import guidance_weights, sample_head
+from models.tokenizers.autoencoder import to_uint8
 
 # Keys of config.sample that say how a picture is drawn.
 SAMPLER_KEYS = (
@@ -126,9 +127,7 @@ def _compiled_images(functions, guidance, image_guidance, steps, schedule, order
         _, (generated, z) = jax.lax.scan(step, (one, cache), jnp.arange(n))
         generated, z = generated.swapaxes(0, 1), z.swapaxes(0, 1)
         raster = jnp.zeros_like(generated).at[jnp.arange(rows)[:, None], orders].set(generated)
-        pixels = predict["decode_latents"](params, raster)
-        pixels = jnp.round(jnp.clip((pixels + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
-        return Pictures(pixels, raster, orders, z)
+        return Pictures(to_uint8(predict["decode_latents"](params, raster)), raster, orders, z)
 
     return jax.jit(run)
 

@@ -33,6 +33,11 @@ def to_float(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
+def to_uint8(images: Float[Array, "b h w 3"]) -> UInt8[Array, "b h w 3"]:
+    """[-1, 1] to bytes, rounded and clipped."""
+    return jnp.round(jnp.clip((images + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
+
+
 def psnr(a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array, "b"]:
     """Peak signal-to-noise ratio in dB per image of pictures in [-1, 1], b clipped."""
     error = jnp.square(a - jnp.clip(b, -1.0, 1.0)).mean((1, 2, 3))
