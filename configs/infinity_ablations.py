@@ -9,6 +9,7 @@ run. A killed command goes on. Leaves report.md, report.json and report.png in t
 | variant | compares | expected sign |
 | --- | --- | --- |
 | (none), correction | teacher forcing, random flips, self-correction | self-correction the best |
+| longer | the same, the default's 1,500 steps: its three seeds | the same |
 | decoding | guidance, also pyramid and on states; temperature | optimum inside, greedy worst |
 | bits | 8, 16, 32 bits, each with a small and a smaller model | more bits want the larger |
 | index | 10 bits: a decision each (Infinity), one of 1,024 codes, and VAR | bits no worse |
@@ -38,7 +39,8 @@ CORRECTIONS = {
 EVALS = 'evals=("retrieval","kid")'
 STEPS = 800
 BUDGET = (f"steps={STEPS}", f"schedule.decay={STEPS // 3}")
-SHORT = (*BUDGET, 'evals=("bits","retrieval","kid")', "sample.prompts=()")
+LONG = ('evals=("bits","retrieval","kid")', "sample.prompts=()")
+SHORT = (*BUDGET, *LONG)
 # Guidance of the hidden states is in front of the last two blocks.
 DECODING = {
     **{f"guidance {g}": (f"sample.guidance=({g}.0,)",) for g in (1, 2, 3, 4, 6)},
@@ -60,7 +62,7 @@ UNIFLUIDS = {
     for what, steps in {"pictures": STEPS, "tokens": STEPS * 85 // 16}.items()
 }
 VAR = tuple(f"{key}={value}" for key, value in INSTEAD.items())
-VARIANTS = ("correction", "decoding", "bits", "index", "systems", "debug")
+VARIANTS = ("correction", "longer", "decoding", "bits", "index", "systems", "debug")
 
 
 def get_config(arg=""):
@@ -77,9 +79,9 @@ def get_config(arg=""):
     if variant == "systems":
         return _systems()
     if variant == "index":
-        index = ("model.transformer.head=index",)
-        return _bits((10,), {"bits": (), "index": index, "VAR": VAR})
-    return ablation(CONFIG, CORRECTIONS, SHORT, PICTURES + BITS)
+        return _bits((10,), {"bits": (), "index": ("model.transformer.head=index",), "VAR": VAR})
+    extra = LONG if variant == "longer" else SHORT
+    return ablation(CONFIG, CORRECTIONS, extra, PICTURES + BITS)
 
 
 def _decoding():
