@@ -45,7 +45,10 @@ def save_safetensors(
     # The library writes the raw buffer of a view: a transpose must be copied first.
     dense = {name: np.require(value, requirements="C") for name, value in tensors.items()}
     partial = path.with_name(path.name + ".partial")
+    partial.touch()
+    mode = partial.stat().st_mode  # the user's umask; the library's files are for the owner alone
     safetensors.numpy.save_file(dense, partial, metadata={"format": "pt", **(metadata or {})})
+    partial.chmod(mode)
     os.replace(partial, path)
 
 

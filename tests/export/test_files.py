@@ -96,6 +96,14 @@ def test_views_scalars_and_empty_tensors(tmp_path):
     assert read_header(tmp_path / "x.safetensors")[0].keys() == tensors.keys()
 
 
+def test_others_may_read_a_file_where_the_umask_lets_them(tmp_path):
+    other = tmp_path / "written.txt"
+    other.touch()
+    for _ in range(2):  # the second replaces the first
+        save_safetensors(tmp_path / "x.safetensors", {"a": np.ones(2, np.float32)})
+        assert (tmp_path / "x.safetensors").stat().st_mode == other.stat().st_mode
+
+
 def sharded(tmp_path, where):
     save_safetensors(tmp_path / "one.safetensors", {"a": np.ones(2, np.float32)})
     save_safetensors(tmp_path / "two.safetensors", {"b": np.zeros(3, np.float32)})
