@@ -13,7 +13,7 @@ MODEL = dict(
     vocab_size=0,  # 0: of the data's tokenizer
     # head: bits | index; cross=False: blocks know the caption by its pooled vector only
     transformer=dict(size="small", width=160, depth=5, heads=4, head="bits", cross=True),
-    tokenizer=dict(size="small_32", z=16),
+    tokenizer=dict(size="small_32", z=16, scales=4),
     text=dict(name="decoder", size="debug", width=128, layers=2, mlp=256, heads=4, kv_heads=4),
     ratios=(1.0,),  # h / w of the pictures, one bucket each
     correction="self",  # self | random (flipped inputs, labels as if they were right) | none
