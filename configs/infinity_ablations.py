@@ -9,7 +9,7 @@ run. A killed command goes on. Leaves report.md, report.json and report.png in t
 | variant | compares | expected sign |
 | --- | --- | --- |
 | (none), correction | teacher forcing, random flips, self-correction | self-correction the best |
-| longer | the same, the default's 1,500 steps: its three seeds | the same |
+| scales | the same with a tokenizer of seven scales, on scenes | the same |
 | decoding | guidance, also pyramid and on states; temperature | optimum inside, greedy worst |
 | bits | 8, 16, 32 bits, each with a small and a smaller model | more bits want the larger |
 | index | 10 bits: a decision each (Infinity), one of 1,024 codes, and VAR | bits no worse |
@@ -23,14 +23,8 @@ from configs.runs import SEEDS, ablation
 
 CONFIG = "configs/infinity.py"
 PICTURES = ("retrieval/train_top1_latent", "retrieval/train_top1_classifier", "kid/kid")
-BITS = (
-    "bits/train_accuracy",
-    "bits/train_corrupted_accuracy",
-    "bits/train_corrupted_kept_accuracy",
-    "bits/train_nll",
-    "bits/held_out_nll",
-    "bits/head_bytes",
-)
+SCORES = ("accuracy", "corrupted_accuracy", "corrupted_kept_accuracy", "nll")
+BITS = (*(f"bits/train_{name}" for name in SCORES), "bits/held_out_nll", "bits/head_bytes")
 CORRECTIONS = {
     "teacher forcing": ("model.correction=none",),
     "random flips": ("model.correction=random",),
@@ -39,8 +33,8 @@ CORRECTIONS = {
 EVALS = 'evals=("retrieval","kid")'
 STEPS = 800
 BUDGET = (f"steps={STEPS}", f"schedule.decay={STEPS // 3}")
-LONG = ('evals=("bits","retrieval","kid")', "sample.prompts=()")
-SHORT = (*BUDGET, *LONG)
+SHORT = (*BUDGET, 'evals=("bits","retrieval","kid")', "sample.prompts=()")
+SCENES = ("data.source=scenes", "data.scenes=20000")  # a scene is hardly seen twice
 # Guidance of the hidden states is in front of the last two blocks.
 DECODING = {
     **{f"guidance {g}": (f"sample.guidance=({g}.0,)",) for g in (1, 2, 3, 4, 6)},
@@ -62,7 +56,7 @@ UNIFLUIDS = {
     for what, steps in {"pictures": STEPS, "tokens": STEPS * 85 // 16}.items()
 }
 VAR = tuple(f"{key}={value}" for key, value in INSTEAD.items())
-VARIANTS = ("correction", "longer", "decoding", "bits", "index", "systems", "debug")
+VARIANTS = ("correction", "scales", "decoding", "bits", "index", "systems", "debug")
 
 
 def get_config(arg=""):
@@ -75,13 +69,17 @@ def get_config(arg=""):
     if variant == "decoding":
         return _decoding()
     if variant == "bits":
-        return _bits((8, 16, 32), SIZES)
+        return _on_tokenizers(_bits(8, 16, 32), SIZES)
     if variant == "systems":
         return _systems()
     if variant == "index":
-        return _bits((10,), {"bits": (), "index": ("model.transformer.head=index",), "VAR": VAR})
-    extra = LONG if variant == "longer" else SHORT
-    return ablation(CONFIG, CORRECTIONS, extra, PICTURES + BITS)
+        index = ("model.transformer.head=index",)
+        return _on_tokenizers(_bits(10), {"bits": (), "index": index, "VAR": VAR})
+    if variant == "scales":
+        scales = {"7 scales": "model.tokenizer.scales=7"}
+        held_out = (name.replace("train", "held_out") for name in PICTURES + BITS[:4])
+        return _on_tokenizers(scales, CORRECTIONS, (*SHORT, *SCENES), tuple(held_out))
+    return ablation(CONFIG, CORRECTIONS, SHORT, PICTURES + BITS)
 
 
 def _decoding():
@@ -97,24 +95,25 @@ def _decoding():
 
 def _systems():
     """VAR on a tokenizer of its own, the others on the weights that ship."""
-    config = _bits((10,), {"VAR": VAR})
+    config = _on_tokenizers(_bits(10), {"VAR": VAR})
     config.runs += ablation(CONFIG, {"Infinity": ()}, SHORT).runs
     config.runs += ablation("configs/uniflud.py", UNIFLUIDS, SHORT).runs
     config.evaluation.table.metrics = PICTURES
     return config
 
 
-def _bits(widths, models):
-    """A tokenizer for each number of bits, then every model on it with every seed."""
-    tokenizers, runs = [], []
-    for bits in widths:
-        name, size = f"tokenizer/{bits} bits", f"model.tokenizer.z={bits}"
-        tokenizers.append((name, "configs/bsq_vae.py", (size, "steps=1500")))
-        groups = {
-            f"{bits} bits, {model}": (size, f"init_from=vae={{workdir}}/{name}", *overrides)
-            for model, overrides in models.items()
-        }
-        config = ablation(CONFIG, groups, SHORT, PICTURES + BITS)
+def _bits(*widths):
+    return {f"{bits} bits": f"model.tokenizer.z={bits}" for bits in widths}
+
+
+def _on_tokenizers(tokenizers, models, extra=SHORT, columns=PICTURES + BITS):
+    """Each tokenizer (one override) first, then every model on it with every seed."""
+    trained, runs = [], []
+    for name, size in tokenizers.items():
+        trained.append((f"tokenizer/{name}", "configs/bsq_vae.py", (size, "steps=1500")))
+        own = (size, f"init_from=vae={{workdir}}/tokenizer/{name}")
+        groups = {f"{name}, {model}": (*own, *overrides) for model, overrides in models.items()}
+        config = ablation(CONFIG, groups, extra, columns)
         runs += config.runs
-    config.runs = (*tokenizers, *runs)
+    config.runs = (*trained, *runs)
     return config
