@@ -77,8 +77,9 @@ def get_config(arg=""):
         return _on_tokenizers(_bits(10), {"bits": (), "index": index, "VAR": VAR})
     if variant == "scales":
         scales = {"7 scales": "model.tokenizer.scales=7"}
-        held_out = (name.replace("train", "held_out") for name in PICTURES + BITS[:4])
-        return _on_tokenizers(scales, CORRECTIONS, (*SHORT, *SCENES), tuple(held_out))
+        pictures = (name.replace("train", "held_out") for name in PICTURES)
+        columns = (*pictures, *(f"bits/held_out_{name}" for name in SCORES))
+        return _on_tokenizers(scales, CORRECTIONS, (*SHORT, *SCENES), columns)
     return ablation(CONFIG, CORRECTIONS, SHORT, PICTURES + BITS)
 
 

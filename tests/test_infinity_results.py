@@ -1,7 +1,10 @@
 """The committed Infinity runs hold what docs/results/infinity.md says, failures too."""
 
 import json
+import math
 from pathlib import Path
+
+from configs.common import load_config
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 LATENTS, KID = "retrieval/train_top1_latent", "kid/kid"
@@ -19,6 +22,29 @@ def mean(seeds: list[float]) -> float:
     return sum(seeds) / len(seeds)
 
 
+def test_the_default_run_draws_what_it_was_shown():
+    config = load_config("configs/infinity.py")
+    found = json.loads((RESULTS / "infinity" / "default-seed0.json").read_text())
+    lines = (RESULTS / "infinity" / "default-seed0.metrics.jsonl").read_text().splitlines()
+    losses = [row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row]
+    assert found["step"] == config.steps
+    assert abs(losses[0] - math.log(2)) < 1e-3  # every bit even at the start
+    assert losses[-1] < 0.55 * losses[0]
+    for space in ("latent", "classifier"):
+        top1 = found[f"retrieval/train_top1_{space}"]
+        assert top1 >= 10 * found[f"retrieval/train_top1_{space}_chance"]
+    by_scale = [found[f"bits/train_accuracy_scale{k}"] for k in (1, 2, 3, 4)]
+    assert by_scale == sorted(by_scale, reverse=True) and by_scale[-1] > 0.6
+
+
+def test_labels_that_correct_a_wrong_prefix_are_learnt():
+    """With 20 % of the prefix's bits flipped, against the labels of the right prefix."""
+    found = json.loads((RESULTS / "infinity" / "default-seed0.json").read_text())
+    for split in ("train", "held_out"):
+        corrected = found[f"bits/{split}_corrupted_accuracy"]
+        assert corrected > found[f"bits/{split}_corrupted_kept_accuracy"] + 0.1
+
+
 def test_check_13_more_bits_reconstruct_better():
     psnr = values("bits", "reconstruction/psnr", "image_tokenizers")
     assert max(psnr["8 bits"]) < min(psnr["16 bits"])
@@ -32,6 +58,16 @@ def test_check_13_self_correction_mends_but_does_not_draw_best():
     assert min(mended["self-correction"]) > max(others) + 0.1
     kid = {group: mean(seeds) for group, seeds in values("correction", KID).items()}
     assert kid["teacher forcing"] < kid["random flips"] < kid["self-correction"]
+
+
+def test_with_seven_scales_self_correction_is_level():
+    """By KID, three seeds; with four, one seed, it is far behind teacher forcing."""
+    groups = json.loads((RESULTS / "infinity" / "scales7.json").read_text())["groups"]
+    mended, forced = (groups[f"7 scales, {c}"][KID] for c in ("self-correction", "teacher forcing"))
+    assert mended["n"] == forced["n"] == 3
+    assert abs(mended["mean"] - forced["mean"]) < max(mended["std"], forced["std"])
+    four = json.loads((RESULTS / "infinity" / "correction_looks.json").read_text())["scenes"]
+    assert four["self"][KID] > four["none"][KID] + 0.5
 
 
 def test_bits_against_codes():

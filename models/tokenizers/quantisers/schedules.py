@@ -110,7 +110,9 @@ def geometric(grid: tuple[int, int], scales: int) -> Schedule:
     """
     longest = max(grid)
     if not 1 <= scales <= longest:
-        raise ValueError(f"a grid of {grid[0]} x {grid[1]} latents takes 1 to {longest} scales")
+        raise ValueError(
+            f"scales={scales}: a grid of {grid[0]} x {grid[1]} latents takes 1 to {longest} scales"
+        )
     if scales == 1:
         return (grid,)
     sides = [round(longest ** (k / (scales - 1))) for k in range(scales)]
