@@ -51,20 +51,24 @@ def long_decode(quick: bool, peaks: dict) -> list[dict]:
 
 
 def _decoding(spec: str, rows: int, length: int, quick: bool, peaks: dict) -> dict:
-    """Seconds of one token of `rows` rows, from the difference of two numbers of tokens."""
+    """Seconds of one token of `rows` rows, of one program that draws many tokens.
+
+    Not the difference of two numbers of tokens, which another load on the machine can turn round.
+    """
     changes = {"batch_size": 1, "data.length": length, "sample.rows": rows}
     config = load_config(spec, **changes)
     model = MODELS[config.model.name](config)
     shapes = jax.eval_shape(model.predict["decoding"], _shapes(model))
     memory = jax.eval_shape(lambda p: model.predict["init_state"](p, rows, length), shapes)
     held = [state_bytes(shapes), state_bytes(memory)]
+    many = 12 if quick else 40
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", np.inf)
     if sum(held) > limit:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: weights and state do not fit")
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def generate(params, state, many):
-        """Greedy tokens up to the last place; how many is no constant, so one program serves."""
+    def generate(params, state):
+        """Greedy tokens up to the last place."""
 
         def one(_, carry):
             token, state = carry
@@ -77,14 +81,12 @@ def _decoding(spec: str, rows: int, length: int, quick: bool, peaks: dict) -> di
 
     params, state = common.filled(shapes), common.filled(memory)
 
-    def clocked(many):
+    def clocked():
         nonlocal state
-        token, state = generate(params, state, many)
+        token, state = generate(params, state)
         return token
 
-    few, many = (4, 12) if quick else (8, 40)
-    times = common.interleave({n: functools.partial(clocked, n) for n in (few, many)}, 3)
-    took = (np.median(times[many]) - np.median(times[few])) / (many - few)
+    took = seconds(clocked, rounds=3) / many
     row = {"tokens_per_s": common.digits(rows / took), "state_bytes_per_row": held[1] // rows}
     return row | rate(took, peaks, moved=sum(held))
 
