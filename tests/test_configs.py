@@ -57,8 +57,8 @@ def test_every_config_says_what_it_is(name):
 TRAINED = [
     name
     for name in CONFIGS
-    # tests/test_flagship.py and tests/test_notebook.py run these whole.
-    if name not in ("uniflud", "unifluid", "infinity")
+    # Others run these: test_flagship.py and test_notebook.py, test_adversarial.py, test_loop.py.
+    if name not in ("uniflud", "unifluid", "infinity", "bsq_vae", "llama")
     and load_config(f"{name}:debug").task == "train"
 ]
 

@@ -70,6 +70,7 @@ def test_check_8_committed_full_run():
     np.testing.assert_allclose(list(logged.values()), wanted, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_check_8_log_starts_as_this_code_starts(tmp_path):
     """The first step of the default run again: the log is of this code and this data."""
     quiet = ("--config.evals=()", "--config.sample.prompts=()", "--config.steps=1")

@@ -138,6 +138,7 @@ def test_sections_not_asked_for_keep_their_rows(tmp_path):
     assert accelerator.earlier(str(out), []) == []
 
 
+@pytest.mark.long
 def test_quick_sections_of_whole_models():
     """Both language models behind a long text, and Infinity: what a GPU's minutes would pay for."""
     peaks = {"flops": 1e12, "bytes": 1e11}
@@ -198,6 +199,7 @@ def test_quantiser_entropy_counts_all_codes_and_times_what_fits(monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_scales_recomputed_draws_what_the_cache_draws():
     """Every bit; the second with nothing kept of the scales before."""
     model, params = infinity_case.tiny()

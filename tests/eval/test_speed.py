@@ -13,7 +13,7 @@ from eval import EVALUATORS
 from models import MODELS, hymba, hymba_build, language, llama
 
 
-@pytest.mark.parametrize("name", ["llama", "mamba", "hymba"])
+@pytest.mark.parametrize("name", ["llama", "mamba", pytest.param("hymba", marks=pytest.mark.long)])
 def test_state_and_step_cost_what_they_should(name, tmp_path):
     """An attention cache grows with the context, a memory does not; rates come from the log."""
     config = load_config(f"configs/{name}.py:debug")

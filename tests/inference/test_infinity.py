@@ -170,6 +170,7 @@ def test_index_head_draws_codes():
     np.testing.assert_array_equal(likeliest(params, jnp.concatenate(inputs, 1)), got.bits)
 
 
+@pytest.mark.long
 def test_matrices_rounded_once_draw_the_same_pictures():
     """bfloat16: bit for bit, with half of the blocks' bytes."""
     system, params, model = case.golden()

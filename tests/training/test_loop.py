@@ -129,11 +129,11 @@ def test_ramp_of_the_batch(tmp_path, monkeypatch):
     changes = {"data.text": "folder", "data.path": str(tmp_path / "texts"), "batch_size": 16}
     changes |= {"ramp": ((4, 2), (8, 2)), "log_every": 1, "evals": (), "sample.prompts": ()}
     changes |= {"checkpoint.every": 1}
-    config = load_config("configs/xlstm.py:debug", **changes, steps=6)
+    config = load_config("configs/llama.py:debug", **changes, steps=6)
     loop.train(config, tmp_path / "whole")
     assert made[0]._cache_size() == 3
     for steps in (3, 6):
-        config = load_config("configs/xlstm.py:debug", **changes, steps=steps)
+        config = load_config("configs/llama.py:debug", **changes, steps=steps)
         loop.train(config, tmp_path / "cut")
     whole, cut = (
         [r for r in metrics.read_rows(tmp_path / name / "metrics.jsonl") if "train/loss" in r]
