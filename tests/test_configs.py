@@ -55,10 +55,13 @@ def test_every_config_says_what_it_is(name):
 
 
 TRAINED = [
-    name
+    # tests/models and tests/training train these as well.
+    pytest.param(name, marks=pytest.mark.long)
+    if name in ("bsq_vae", "vqgan", "kl_vae", "llama")
+    else name
     for name in CONFIGS
-    # Others run these: test_flagship.py and test_notebook.py, test_adversarial.py, test_loop.py.
-    if name not in ("uniflud", "unifluid", "infinity", "bsq_vae", "llama")
+    # tests/test_flagship.py and tests/test_notebook.py run these whole.
+    if name not in ("uniflud", "unifluid", "infinity")
     and load_config(f"{name}:debug").task == "train"
 ]
 

@@ -215,6 +215,7 @@ def test_digits_keep_four():
     assert common.spread(np.arange(5.0)) == {"median": 2.0, "low": 1.0, "high": 3.0}
 
 
+@pytest.mark.long
 def test_xlstm_alone():
     """The sections that need no other package."""
     argv = ["--tiny", "--rounds=1", "--what", "scan", "context"]

@@ -7,6 +7,7 @@ ops: `abstract_on` helps with them.
 """
 
 import abc
+import functools
 import json
 import os
 import subprocess
@@ -231,11 +232,10 @@ class SevenChecks(Checks):
         """Two calls with the state between them are one, in float32."""
         shape = self.SHAPES[1]
         inputs, state = self.inputs(shape), self.state(shape)
-        options = dict(chunk=self.chunk(shape, impl), impl=impl)
-        length = shape[self.AXIS]
-        whole, last = self.run(inputs, state, **options)
-        first, between = self.run(self.cut(inputs, 0, cut), state, **options)
-        second, end = self.run(self.cut(inputs, cut, length), between, **options)
+        run = jax.jit(functools.partial(self.run, chunk=self.chunk(shape, impl), impl=impl))
+        whole, last = run(inputs, state)
+        first, between = run(self.cut(inputs, 0, cut), state)
+        second, end = run(self.cut(inputs, cut, shape[self.AXIS]), between)
         assert_close(jnp.concatenate([first, second], self.AXIS), whole, 1e-5)
         self.assert_states_close(end, last, 1e-5)
 
@@ -245,10 +245,11 @@ class SevenChecks(Checks):
             shape = self.SHAPES[1]
             wide = lambda tree: jax.tree.map(lambda x: x.astype(WIDE), tree)  # noqa: E731
             inputs, state = wide((self.inputs(shape), self.state(shape)))
-            options = dict(chunk=shape[-1], impl="xla")
-            whole, last = self.run(inputs, state, **options)
-            _, state = self.run(self.cut(inputs, 0, cut), state, **options)
+            run = jax.jit(functools.partial(self.run, chunk=shape[-1], impl="xla"))
+            step = jax.jit(self.step)
+            whole, last = run(inputs, state)
+            _, state = run(self.cut(inputs, 0, cut), state)
             for t in range(cut, shape[self.AXIS]):
-                out, state = self.step(self.token(inputs, t), state)
+                out, state = step(self.token(inputs, t), state)
                 assert_close(out, whole.take(t, axis=self.AXIS), 1e-12)
             self.assert_states_close(state, last, 1e-12)

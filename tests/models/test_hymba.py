@@ -219,7 +219,9 @@ def test_initial_values():
 
 
 @pytest.mark.parametrize(
-    "fusion, meta", [("mean", 0), ("concat", 4), ("alternate", 4), ("attention", 4), ("mamba", 0)]
+    "fusion, meta",
+    [("mean", 0), ("concat", 4), ("alternate", 4)]
+    + [pytest.param(*x, marks=pytest.mark.long) for x in (("attention", 4), ("mamba", 0))],
 )
 def test_every_fusion_runs_forward_and_step_by_step(fusion, meta):
     """The design roadmap's models, with and without meta tokens: steps equal one pass."""

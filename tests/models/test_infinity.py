@@ -513,6 +513,7 @@ def test_check_12_64_bits_in_a_loss_and_a_picture():
     assert all(x.dtype.itemsize <= 4 for x in jax.tree.leaves((drawn, gradients)))
 
 
+@pytest.mark.long
 def test_check_14_a_resumed_run_is_the_same(tmp_path):
     """Two steps and two after a new start are four steps, bit by bit."""
 
