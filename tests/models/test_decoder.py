@@ -313,7 +313,7 @@ def test_remat_changes_no_gradient():
         gradient("some")
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(12, marks=pytest.mark.long)])
+@pytest.mark.parametrize("layers", [2, 12])
 def test_remat_frees_memory(layers):
     """In a scan (12 layers) and written out (2): recomputation must not be merged away."""
     cfg = dataclasses.replace(SIZES["debug"], layers=layers)

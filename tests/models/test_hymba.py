@@ -23,10 +23,13 @@ GOLDEN = HymbaConfig(
 )  # fmt: skip
 
 
+def first_params(cfg, seed=0):
+    init = jax.jit(functools.partial(language.init, Hymba(cfg)))
+    return nn.meta.unbox(init(jax.random.key(seed)))
+
+
 def random_params(cfg, seed=0):
-    params = nn.meta.unbox(
-        jax.jit(lambda key: language.init(Hymba(cfg), key))(jax.random.key(seed))
-    )
+    params = first_params(cfg, seed)
     rng = np.random.default_rng(seed)  # no branch hidden behind a zero
     return jax.tree.map(lambda x: x + 0.05 * jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
 
@@ -205,8 +208,7 @@ def test_check_11_the_published_cache_size(capsys):
 def test_initial_values():
     """Matrices std 0.02, meta tokens 1, A_log log(1..N), D 1, Δ between 1e-3 and 1e-1."""
     cfg = dataclasses.replace(SIZES["tiny"], meta=64)
-    made = jax.jit(lambda key: language.init(Hymba(cfg), key))(jax.random.key(0))
-    flat = flatten(nn.meta.unbox(made))
+    flat = flatten(first_params(cfg))
     np.testing.assert_allclose(flat["meta"].std(), 1, rtol=0.03)
     for name in ("embedding", "run0/0/u/kernel", "run1/0/mlp/up/kernel", "run1/1/out/kernel"):
         np.testing.assert_allclose(flat[name].std(), 0.02, rtol=0.03)
@@ -225,10 +227,10 @@ def test_initial_values():
 )
 def test_every_fusion_runs_forward_and_step_by_step(fusion, meta):
     """The design roadmap's models, with and without meta tokens: steps equal one pass."""
-    groups = () if fusion in ("alternate", "mamba") else ((1, 2),)
-    layers = 3 if groups else 2
-    cfg = dataclasses.replace(SMALL, fusion=fusion, meta=meta, groups=groups, layers=layers,
-                              global_layers=(0,))  # fmt: skip
+    changes = dict(layers=3, global_layers=(0,))
+    if fusion in ("alternate", "mamba"):
+        changes = dict(groups=())
+    cfg = dataclasses.replace(SMALL, fusion=fusion, meta=meta, **changes)
     net, params = Hymba(cfg), random_params(cfg)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 12)))
     logits = jax.jit(lambda t: net.apply({"params": params}, t, method="text"))(tokens)
